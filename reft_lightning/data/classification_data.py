@@ -1,4 +1,4 @@
-"""The data module of classifiers: one task a run, its published validation set divided into two."""
+"""The data module of classifiers: one task per run, with its published validation set divided in two."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from .rows import DataSource
 from .splits import fingerprint, subset
 from .texts import EncodedTexts, TextCollator
 
-LARGE, FROM_LARGE = 5000, 1000  # a validation set of more than 5,000 rows gives 1,000 for selection
+LARGE, FROM_LARGE = 5000, 1000  # of a validation set with more than 5,000 rows, 1,000 are for selection
 
 
 def divide(examples: Sequence[LabelledText], seed: int) -> tuple[list[LabelledText], list[LabelledText]]:
     """Divide a published validation set into rows for selection and rows for the test.
 
-    1,000 rows are for selection if there are more than 5,000, else half of them (rounded down).
+    If there are more than 5,000 rows, 1,000 are for selection, otherwise half of them (rounded down).
 
-    The rule is that of the ReFT paper (appendix C.3; pyreft, examples/loreft/train.py), and so are the rows: the
-    authors call torch's `random_split`, test rows first, on the global generator, right after `set_seed(seed)` and
-    reading the data, which draws nothing. A generator of its own with the same seed draws the same permutation,
-    whatever else the run has drawn. With the run's seed as `seed` these are the rows of the authors' current code
-    (their first code used numpy's), so each seed is tested on other rows; with a fixed one all runs share them.
+    Both the rule and the rows are those of the ReFT paper (appendix C.3; pyreft, examples/loreft/train.py): the
+    authors call torch's `random_split`, test rows first, with the global generator, right after `set_seed(seed)` and
+    reading the data, which draws nothing. A separate generator with the same seed draws the same permutation,
+    whatever else the run has drawn. If `seed` is the run's seed, the rows are those of the authors' current code
+    (their first version used numpy), so each seed is tested on different rows; with a fixed seed all runs share them.
 
     Returns:
-        (selection, test), in the published order.
+        (selection, test), both in the published order.
     """
     selection = FROM_LARGE if len(examples) > LARGE else len(examples) // 2
     generator = torch.Generator().manual_seed(seed)
@@ -40,16 +40,16 @@ def divide(examples: Sequence[LabelledText], seed: int) -> tuple[list[LabelledTe
 
 
 class ClassificationData(BenchmarkData):
-    """Loaders of one task of a family of kind `classification`.
+    """Loaders for one task of a family of kind `classification`.
 
-    Limits apply after the division. A `split_seed` of None divides by the run's seed, as the authors' code does.
+    Limits apply after the division. With `split_seed=None` the division uses the run's seed, as in the authors' code.
 
     Args:
         family: e.g. `FAMILIES["glue"]`.
-        tokenizer: with a pad token.
+        tokenizer: needs a pad token.
         source: a `DataSource`, or its kind (`"hub"`).
-        tasks: a list with the name of the task: a classifier's outputs are one task's.
-        settings: as `BenchmarkData`.
+        tasks: a list with a single task name, since a classifier's outputs belong to one task.
+        settings: as for `BenchmarkData`.
 
     Attributes:
         task: the `ClassificationTask`.
@@ -69,7 +69,7 @@ class ClassificationData(BenchmarkData):
 
     @property
     def test_tasks(self) -> tuple[str, ...]:
-        """Return the task, whose test rows are a part of its validation set, and its further test sets."""
+        """Return the task, whose test rows are part of its validation set, and its further test sets."""
         return (self.task.name, *(f"{self.task.name}_{split}" for split in self.task.further_tests))
 
     def _read_train(self) -> list[LabelledText]:
@@ -90,7 +90,7 @@ class ClassificationData(BenchmarkData):
 
     def _build_test(self) -> None:
         if not self.sealed:
-            self.setup("fit")  # what the overlap is measured against
+            self.setup("fit")  # the train rows, against which the overlap is measured
         super()._build_test()
         for name, rows in self._test.items():
             used = {"test_rows": len(rows), "test_fingerprint": fingerprint(rows.examples)}

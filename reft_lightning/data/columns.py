@@ -1,4 +1,4 @@
-"""From a row of one's own to an example: named columns, texts with columns in braces, conversations."""
+"""From a custom row to an example: column names, texts with columns in braces, conversations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .example import Example, Row, as_text, column, text_in
 from .files import parse_json
 
 TASK = "custom"
-# Who speaks, in the two forms of conversations.
+# Speakers, in both conversation formats.
 ROLES = {
     "system": "system",
     "user": "user",
@@ -24,13 +24,13 @@ ROLES = {
 }
 
 
-# How a row's answer may name one of its options, and the first place that it counts from.
+# How a row's answer may name one of its options, and the number of the first option.
 ANSWER_FORMS = {"text": None, "letter": None, "index": 0, "number": 1}
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """A text with columns in braces; (literal, column) pairs, and the text after the last column.
+    """A text with columns in braces, as (literal, column) pairs and the text after the last column.
 
     >>> Pattern.parse("{a} + {b} =", "data.prompt").fill({"a": 1, "b": 2})
     '1 + 2 ='
@@ -41,9 +41,9 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str, key: str) -> Pattern:
-        r"""Read a pattern; text without braces is the name of one column.
+        r"""Parse a pattern; a text without braces is a column name.
 
-        The two characters `\n`, which a shell hands on as they are, mean a line break; `{{` is a brace.
+        The two characters `\n`, which a shell passes through, mean a line break; `{{` is a literal brace.
         """
         if "{" not in text and "}" not in text:
             return cls((("", text),))
@@ -51,15 +51,15 @@ class Pattern:
             fields = list(string.Formatter().parse(text.replace("\\n", "\n")))
         except ValueError as error:
             raise ValueError(
-                f"{key}={text!r}: {error}; write columns in braces, '{{{{' is a brace"
+                f"{key}={text!r}: {error}; write column names in braces, and '{{{{' for a literal brace"
             ) from error
         parts, literal = [], ""
         for before, name, spec, kind in fields:
-            literal += before  # an escaped brace comes as a piece of its own, without a name
+            literal += before  # an escaped brace is a separate piece, without a name
             if name is None:
                 continue
             if not name or spec or kind:
-                raise ValueError(f"{key}={text!r}: braces must hold the name of a column and nothing else")
+                raise ValueError(f"{key}={text!r}: braces must contain a column name and nothing else")
             parts.append((literal, name))
             literal = ""
         if not parts:
@@ -68,7 +68,7 @@ class Pattern:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the columns."""
+        """Return the column names."""
         return tuple(name for _, name in self.parts)
 
     def fill(self, row: Row) -> str:
@@ -78,22 +78,22 @@ class Pattern:
 
 
 def text_of(value: Any, name: str) -> str:
-    """Return a cell as text; an absent value (None, not-a-number) is empty, a list is joined by commas."""
+    """Return a cell as text: missing values (None, NaN) become the empty text, lists are joined with commas."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bytes):
         return as_text(value, name)
     if isinstance(value, Mapping):
-        raise ValueError(f"column {name!r} holds an object, not text: {value!r:.80}")
+        raise ValueError(f"column {name!r} must be text; got an object, {value!r:.80}")
     if isinstance(value, list | tuple):
         if any(isinstance(part, list | tuple) for part in value):
-            raise ValueError(f"column {name!r} holds a list of lists, not text: {value!r:.80}")
+            raise ValueError(f"column {name!r} must be text; got a list of lists, {value!r:.80}")
         return ", ".join(text_of(part, name) for part in value)
     return str(value)
 
 
 def json_list(text: str) -> list[Any] | None:
-    """Return the list that a text holds as JSON, which is how a CSV file has one; None if it holds something else."""
+    """Parse a text as a JSON list, the form that lists have in CSV files; return None if it is anything else."""
     try:
         value = json.loads(text) if text.lstrip().startswith("[") else None
     except (ValueError, RecursionError):
@@ -102,7 +102,7 @@ def json_list(text: str) -> list[Any] | None:
 
 
 class Columns:
-    """Make examples of rows with named columns.
+    """Turn rows into examples by column names.
 
     Raises:
         ValueError: if the target has no place for `answer` or for the `options`.
@@ -125,25 +125,25 @@ class Columns:
         self.options: tuple[str, ...] = (options,) if isinstance(options, str) else tuple(options or ())
         self.answer_form, self.line_break = answer_form, line_break
         if not all(isinstance(name, str) for name in self.options):
-            raise ValueError(f"data.options must be a column or a list of columns; got {options!r}")
+            raise ValueError(f"data.options must be a column name or a list of column names; got {options!r}")
         check_choice("data.answer_form", answer_form, ANSWER_FORMS)
         if answer_form != "text" and not options:
-            raise ValueError(f"data.answer_form={answer_form} names one of the options: set data.options")
-        bare = self.target == Pattern((("", self.target.names[0]),))  # one column and nothing around it
+            raise ValueError(f"data.answer_form={answer_form} refers to the options: set data.options")
+        bare = self.target == Pattern((("", self.target.names[0]),))  # one column without text around it
         if answer and answer not in self.target.names:
             raise ValueError(
                 f"data.answer={answer!r} is not in data.target={target!r}"
-                f"{did_you_mean(answer, self.target.names)}: a text is compared with the answer where the target has "
-                f"it, such as 'The answer is {{{answer}}}'"
+                f"{did_you_mean(answer, self.target.names)}: the target must contain the answer, as in "
+                f"'The answer is {{{answer}}}', so that it can be found in generated texts"
             )
         if options and not answer and not bare:
             raise ValueError(
-                f"data.options needs data.answer: which column of data.target={target!r} do the options replace?"
+                f"data.options needs data.answer, the column of data.target={target!r} that the options replace"
             )
         self.answer = self.target.names[0] if bare else answer
         place = self.target.names.index(self.answer) if self.answer else 0
         ends = [*(literal for literal, _ in self.target.parts[1:]), self.target.end]
-        # the text around the answer, by which it is found in a generated text
+        # the text around the answer, used to find the answer in a generated text
         self.before, self.after = (
             (self.target.parts[place][0].strip(), ends[place].strip()) if self.answer else ("", "")
         )
@@ -151,7 +151,7 @@ class Columns:
         self.names = (*(name for text in texts for name in text.names), *self.options)
 
     def __call__(self, row: Row) -> Example:
-        """Return the example of a row; ValueError if a column is missing, or it has no prompt or no answer."""
+        """Return the example of a row; raise ValueError if a column is missing, or the prompt or answer is empty."""
         prompt = self.prompt.fill(row)
         if not any(text_of(row[name], name).strip() for name in self.prompt.names):
             raise ValueError(f"the row has no prompt: {_columns(self.prompt.names)} empty")
@@ -165,8 +165,8 @@ class Columns:
         answer = text_of(row[self.answer], self.answer).strip() if self.answer else target
         if self.find(target) != answer:
             raise ValueError(
-                f"the answer {answer!r} cannot be told from the rest of the target {target!r:.200}: the text "
-                f"around {{{self.answer}}} in data.target must single it out"
+                f"the answer {answer!r} cannot be separated from the rest of the target {target!r:.200}: the text "
+                f"around {{{self.answer}}} in data.target must identify it"
             )
         context = self.context.fill(row) if self.context else ""
         source_prompt = self.source_prompt.fill(row) if self.source_prompt else ""
@@ -182,14 +182,14 @@ class Columns:
         )
 
     def find(self, text: str) -> str | None:
-        """Return the part of a text where the target has the answer; None where the text around it is missing."""
+        """Return the part of a text in the answer's place in the target; None if the text around it is missing."""
         _, found, rest = text.partition(self.before) if self.before else ("", "here", text)
         if self.after and self.after in rest:
             rest = rest.rpartition(self.after)[0]
         return rest.strip() or None if found else None
 
     def _options(self, row: Row) -> list[str]:
-        """Return the words to choose from; empty where a row has fewer of them than there are columns."""
+        """Return the options of a row; an option is empty if its column is."""
         if len(self.options) != 1:
             return [text_of(column(row, name), name).strip() for name in self.options]
         (name,) = self.options
@@ -198,7 +198,7 @@ class Columns:
             parts = json_list(cell) if cell.strip()[:1] == "[" else cell.split(",")
         if not isinstance(parts, list | tuple):
             raise ValueError(
-                f"column {name!r} must be a list, also as JSON text, or text with commas; got {cell!r:.80}"
+                f"column {name!r} must be a list, a JSON list as text, or comma-separated text; got {cell!r:.80}"
             )
         return [text_of(part, name).strip() for part in parts]
 
@@ -211,12 +211,12 @@ class Columns:
             letter = answer.strip("(). ").upper()
             place = string.ascii_uppercase.find(letter) if len(letter) == 1 else -1
         else:
-            digits = answer.removesuffix(".0")  # as a table with gaps writes integers
+            digits = answer.removesuffix(".0")  # tables with missing values write integers as floats
             place = int(digits) - ANSWER_FORMS[self.answer_form] if digits.isdecimal() else -1
         if not 0 <= place < len(options) or not options[place]:
             raise ValueError(
-                f"the answer {answer!r} is not among the options {', '.join(options)}, read as "
-                f"data.answer_form={self.answer_form}; it may be {', '.join(ANSWER_FORMS)}"
+                f"the answer {answer!r}, read as data.answer_form={self.answer_form}, is not among the options "
+                f"{', '.join(options)}; data.answer_form can be {', '.join(ANSWER_FORMS)}"
             )
         return options[place]
 
@@ -231,14 +231,14 @@ def _ended(text: str) -> str:
 
 
 class Texts:
-    """Make examples of rows with a text and no prompt, which is learnt as it is."""
+    """Turn rows into examples with a text and no prompt; the text is learnt as is."""
 
     def __init__(self, target: str) -> None:
         self.target = Pattern.parse(target, "data.target")
         self.names = self.target.names
 
     def __call__(self, row: Row) -> Example:
-        """Return the example of a row; ValueError if a column is missing, or there is no text."""
+        """Return the example of a row; raise ValueError if a column is missing or the text is empty."""
         text = self.target.fill(row)
         if not any(text_of(row[name], name).strip() for name in self.names):
             raise ValueError(f"the row has no text: {_columns(self.names)} empty")
@@ -246,49 +246,51 @@ class Texts:
 
 
 class Conversations:
-    """Make examples of rows with a column of messages."""
+    """Turn rows with a column of messages into examples."""
 
     def __init__(self, messages: str, line_break: bool = False) -> None:
         self.names = (messages,)
         self.line_break = line_break
 
     def __call__(self, row: Row) -> Example:
-        """Return the example of a conversation: its last answer, after all that precedes it."""
+        """Return the example of a conversation, whose target is the last answer, after everything before it."""
         earlier, prompt, target = exchange_of(column(row, self.names[0]))
-        for text, role in ((prompt, "the last user's"), (target, "the assistant's last")):
+        for text, role in ((prompt, "the user's last"), (target, "the assistant's last")):
             if not text.strip():
                 raise ValueError(f"{role} message is empty")
         prompt = _ended(prompt) if self.line_break else prompt
         return Example(TASK, prompt, target.strip(), target.strip(), turns=earlier)
 
     def find(self, text: str) -> str | None:
-        """Return a text stripped; None where nothing is left."""
+        """Return a text without surrounding white space; None if nothing is left."""
         return text.strip() or None
 
 
 def exchange_of(messages: Any) -> tuple[tuple[tuple[str, str], ...], str, str]:
-    """Return earlier turns, last question and last answer of messages, as `turns_of` reads them."""
+    """Return the earlier turns, the last question and the last answer of messages, as read by `turns_of`."""
     turns = turns_of(messages)
     if [role for role, _ in turns[-2:]] != ["user", "assistant"]:
         roles = ", ".join(role for role, _ in turns) or "nothing"
         raise ValueError(
-            "the row has no answer: a conversation must end in a user's message and the assistant's "
-            f"answer; this one has {roles}"
+            "the row has no answer: a conversation must end with a user message and the assistant's answer; "
+            f"got {roles}"
         )
     *earlier, (_, prompt), (_, target) = turns
     return tuple(earlier), prompt, target
 
 
 def turns_of(messages: Any) -> list[tuple[str, str]]:
-    """Return (role, text) of messages in either form; text in JSON, as a CSV file holds it, is read first.
+    """Return (role, text) pairs of messages in either format; messages may also be JSON text, as in a CSV file.
 
-    The content of a message may also be OpenAI's list of parts, `[{"type": "text", "text": "..."}, ...]`.
+    The content of a message may also be a list of parts in OpenAI's format, `[{"type": "text", "text": "..."}, ...]`.
     """
     if isinstance(messages, str):
         try:
             messages = parse_json(messages, "messages")
         except json.JSONDecodeError as error:
-            raise ValueError(f"messages in text must be JSON ({error.msg}); got {messages!r:.80}") from error
+            raise ValueError(
+                f"messages given as text must be JSON ({error.msg}); got {messages!r:.80}"
+            ) from error
     if not isinstance(messages, list | tuple) or not all(isinstance(m, Mapping) for m in messages):
         raise ValueError(f"a conversation must be a list of messages; got {messages!r:.80}")
     turns = []
@@ -305,5 +307,5 @@ def _content(content: Any, name: str) -> str:
         return as_text(content, name)
     for part in content:
         if column(part, "type") != "text":
-            raise ValueError(f"a message's {name} must be text; got a part {part!r:.80}")
+            raise ValueError(f"a message's {name} must be text; got the part {part!r:.80}")
     return "".join(text_in(part, "text") for part in content)

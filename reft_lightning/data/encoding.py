@@ -1,19 +1,19 @@
-"""Text to tokens, and tokens to batches in the prompt | target layout.
+"""From text to tokens, and from tokens to batches in the prompt | target layout.
 
-Letters: b rows, s columns, t target columns. Prompts are left-padded to a common boundary, targets are
-right-padded after it, so that training and generation see the same columns::
+Letters: b rows, s columns, t target columns. Prompts are left-padded to a common boundary and targets are
+right-padded after it, so training and generation see the same columns::
 
     pad pad p1 p2 p3 | t1 t2 eos pad      input_ids, attention_mask  (b, s)
     -100 ........... | t1 t2 eos -100     labels                     (b, s)
                      ^ boundary: the same column in every row
 
-Masks come from lengths, never from comparing ids with the pad id: pad may be the eos or unk token, and a
-genuine one in the text must stay visible. Models with an encoder and a decoder read the two as texts of their own
+Masks come from lengths, never from comparing ids with the pad id: pad may be the eos or unk token, and such a token
+must stay visible if it occurs in the text. Encoder-decoder models read prompt and target as separate texts
 (``two_texts``, laid out by :mod:`.text_to_text`).
 
-A text without a prompt is all target (:func:`encode_pieces`). Each row is a piece of it, whose prompt is what the
-tokenizer puts before every text (BOS), or where that is nothing the token before; a text's own first token is then not
-learnt, as nothing predicts it::
+A text without a prompt is all target (:func:`encode_pieces`). Each row is a piece of the text. Its prompt is what the
+tokenizer puts before every text (BOS) or, if that is nothing, the preceding token; the first token of the text is then
+not learnt, because nothing predicts it::
 
     bos | t1 t2 t3      bos | t4 t5 eos      max_length 4, with BOS
     t1 | t2 t3 t4       t4 | t5 eos          without
@@ -42,7 +42,7 @@ from .tokenizer_digest import encoding_settings
 log = logging.getLogger(__name__)
 
 IGNORED = -100  # label of columns without loss, torch's ignore_index
-# Unicode's categories of control and format characters, and of white space
+# Unicode categories of control characters, format characters and white space
 UNSEEN = {"Cc", "Cf", "Zl", "Zp", "Zs"}
 
 
@@ -53,12 +53,12 @@ class Encoded:
     Args:
         prompt_ids: begins with BOS if the tokenizer adds one.
         target_ids: ends in eos, unless the target was cut.
-        example: where they come from.
+        example: the source of the tokens.
         joint: whether prompt and target were tokenised as one text and split.
-        cut_prompt: prompt tokens left out on the left.
-        cut_target: target tokens left out on the right.
-        edited: of each token of the prompt, whether a marked word has a part in it; empty where none is marked.
-        row: its place in the `EncodedRows` it was read from; -1 for a row of its own. Not part of equality.
+        cut_prompt: number of prompt tokens dropped on the left.
+        cut_target: number of target tokens dropped on the right.
+        edited: for each prompt token, whether it contains part of a marked word; empty if no words are marked.
+        row: index in the `EncodedRows` it was read from; -1 if none. Ignored in comparisons.
     """
 
     prompt_ids: list[int]
@@ -75,25 +75,25 @@ class Encoded:
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids a tokenizer puts before every text: `[bos]` or nothing, for causal models."""
+    """Return the ids that a tokenizer puts before every text: `[bos]` or nothing for causal models."""
     return _frame(tokenizer)[0]
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase, target: bool = False) -> tuple[list[int], list[int]]:
-    """Return the ids a tokenizer puts before and after every text, or every target of an encoder-decoder."""
+    """Return the ids that a tokenizer puts before and after every text, or every target of an encoder-decoder."""
     (plain,), (whole,) = (_ids(tokenizer, ["a"], target, special) for special in (False, True))
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
             return whole[:start], whole[start + len(plain) :]
     raise ValueError(
-        f"{type(tokenizer).__name__} changes the text itself when it adds special tokens: {whole}"
+        f"{type(tokenizer).__name__} changes the tokens of the text when it adds special tokens: {whole}"
     )
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, two_texts: bool = False) -> list[int]:
-    """Return the tokens of a prompt without a target, after the one BOS of a tokenizer that adds one.
+    """Return the tokens of a prompt without a target, after a single BOS if the tokenizer adds one.
 
-    Of ``two_texts``, those that the tokenizer puts after a text follow.
+    With ``two_texts``, the tokens that the tokenizer puts after every text follow.
     """
     leading, closing = _frame(tokenizer)
     closing = closing if two_texts else []
@@ -105,16 +105,16 @@ def encode(
 ) -> Encoded:
     """Return the tokens of prompt and target.
 
-    Prompt + target are tokenised as one text, as the paper's code does, and split after the prompt's tokens.
-    Where these are not a prefix of the whole (a token spans the boundary), the target is tokenised on its own.
+    Prompt + target are tokenised as one text, as in the paper's code, and split after the prompt's tokens.
+    If these are not a prefix of the whole (a token spans the boundary), the target is tokenised separately.
 
-    A row longer than `max_length` loses tokens at the left of its prompt, after BOS: the question is at
-    its end. The target may fill half of `max_length`, or what the prompt leaves, and is cut on the right
-    beyond. Of ``two_texts`` each has its own special tokens, and may have `max_length` tokens.
+    A row longer than `max_length` loses prompt tokens on the left, after BOS, because the question is at the end.
+    The target may fill half of `max_length`, or whatever the prompt leaves if that is more; beyond that it is cut on
+    the right. With ``two_texts``, each text has its own special tokens and may have up to `max_length` tokens.
 
     Raises:
-        ValueError: if prompt or target is empty (names the row), the tokenizer has no eos token, or
-            `max_length` leaves no room.
+        ValueError: if the prompt or target is empty (names the row), the tokenizer has no eos token, or `max_length`
+            is too small.
     """
     refuse_empty(example)
     columns = _encoder(tokenizer, max_length, two_texts)(_texts_of([example]))
@@ -124,7 +124,7 @@ def encode(
 
 
 def _texts_of(examples: Sequence[Example]) -> dict[str, list[str]]:
-    """Return the columns of texts that are encoded; where words are marked, as JSON, only if some are."""
+    """Return the text columns to encode; if words are marked, their places are a column of JSON texts."""
     texts = {"prompt": [e.prompt for e in examples], "target": [e.target for e in examples]}
     if any(e.marked for e in examples):
         texts["marked"] = [json.dumps(e.marked) for e in examples]
@@ -139,10 +139,10 @@ def encode_all(
     target_tokens: int | None = None,
     two_texts: bool = False,
 ) -> EncodedRows:
-    """Encode many examples, each as `encode` does, and log what was unusual: boundary tokens, truncation.
+    """Encode many examples as `encode` does, and log anything unusual: tokens across the boundary, truncation.
 
-    Of each target the first ``target_tokens`` are left, eos included where it is one of them.
-    Many rows are encoded in several processes and kept in the cache, see `encoding_cache`.
+    Only the first ``target_tokens`` tokens of each target are kept; eos counts as one of them.
+    Large sets are encoded in several processes and cached, see `encoding_cache`.
     """
     for example in examples:
         refuse_empty(example)
@@ -156,25 +156,27 @@ def encode_all(
         what=what,
     )
     rows = f"of {len(examples)} {what}"
-    if apart := np.count_nonzero(~columns["joint"]):
-        log.info("%d %s: a token spans prompt and target; tokenised separately", apart, rows)
+    if separate := np.count_nonzero(~columns["joint"]):
+        log.info("%d %s: a token spans prompt and target, so they were tokenised separately", separate, rows)
     if prompts := np.count_nonzero(columns["cut_prompt"]):
         log.warning(
-            "%d %s: prompt truncated on the left to %d tokens; data.max_length=N keeps more",
+            "%d %s: prompt truncated on the left to fit %d tokens; a larger data.max_length keeps more",
             prompts, rows, max_length,
         )  # fmt: skip
     _refuse_unedited(examples, columns, max_length)
-    if nothing := np.count_nonzero(columns["ids.lengths"] - columns["prompt"] <= 1):
-        log.warning("%d %s: the tokenizer makes no token of the target but eos", nothing, rows)
+    if empty := np.count_nonzero(columns["ids.lengths"] - columns["prompt"] <= 1):
+        log.warning("%d %s: the target has no tokens except eos", empty, rows)
     if targets := np.count_nonzero(columns["cut_target"]):
         log.warning(
-            "%d %s: target cut on the right, without eos; data.max_length=N keeps more", targets, rows
+            "%d %s: target truncated on the right, without eos; a larger data.max_length keeps more",
+            targets,
+            rows,
         )
     return EncodedRows(examples, columns, target_tokens)
 
 
 def _refuse_unedited(examples: Sequence[Example], columns: Mapping[str, np.ndarray], max_length: int) -> None:
-    """Raise ValueError for a row none of whose marked words is left in its prompt."""
+    """Raise ValueError for a row that truncation has left without marked words."""
     if "edited" not in columns:
         return
     for example, edited in zip(
@@ -182,8 +184,8 @@ def _refuse_unedited(examples: Sequence[Example], columns: Mapping[str, np.ndarr
     ):
         if not edited.any():
             raise ValueError(
-                f"{example.source or example.task}: no token of the marked words is among those of the prompt that "
-                f"data.max_length={max_length} leaves: write a larger one"
+                f"{example.source or example.task}: data.max_length={max_length} leaves no token of the marked words "
+                "in the prompt; choose a larger value"
             )
 
 
@@ -193,7 +195,7 @@ def encode_pieces(
     """Encode the targets of examples as texts without a prompt, in pieces of at most `max_length` tokens.
 
     Raises:
-        ValueError: if the tokenizer has no eos token, or `max_length` leaves no room.
+        ValueError: if the tokenizer has no eos token, or `max_length` is too small.
     """
     leading, eos = leading_ids(tokenizer), _eos_of(tokenizer)
     context = len(leading) or 1
@@ -228,7 +230,7 @@ def encode_pieces(
 def encode_wholes(
     texts: Mapping[str, list[str]], *, tokenizer: PreTrainedTokenizerBase, leading: list[int], eos: int
 ) -> dict[str, list]:
-    """Return the ids of whole texts, without what the tokenizer puts before them, each ended by one eos."""
+    """Return the ids of whole texts without leading special tokens, each ending in a single eos."""
     bare = (_bare(ids, leading, [eos]) for ids in _ids(tokenizer, texts["text"]))
     return {"ids": [[*ids, eos] for ids in bare]}
 
@@ -237,7 +239,7 @@ def _eos_of(tokenizer: PreTrainedTokenizerBase) -> int:
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError(
-            f"{type(tokenizer).__name__} has no eos token, which ends every target; set eos_token"
+            f"{type(tokenizer).__name__} has no eos token, which must end every target; set eos_token"
         )
     assert isinstance(eos, int)
     return eos
@@ -246,7 +248,7 @@ def _eos_of(tokenizer: PreTrainedTokenizerBase) -> int:
 def _encoder(
     tokenizer: PreTrainedTokenizerBase, max_length: int, two_texts: bool
 ) -> partial[dict[str, list]]:
-    """Return what makes the columns `TYPES` of texts."""
+    """Return the function that computes the columns `TYPES` from texts."""
     eos = _eos_of(tokenizer)
     frames = [_frame(tokenizer), _frame(tokenizer, target=True)] if two_texts else [_frame(tokenizer)]
     least = max(len(leading) + 4 + (len(closing) if two_texts else 0) for leading, closing in frames)
@@ -259,31 +261,31 @@ def _encoder(
 
 
 def refuse_empty(example: Example, parts: Sequence[str] = ("prompt", "target")) -> None:
-    """Raise ValueError for an example whose prompt or target shows nothing; it names the row.
+    """Raise ValueError, naming the row, if the prompt or target of an example has no visible characters.
 
-    Characters of no width, such as U+200B or a byte order mark, show nothing; some tokenizers leave them out.
+    Zero-width characters, such as U+200B or a byte order mark, are not visible; some tokenizers drop them.
     """
     for part in parts:
         text: str = getattr(example, part)
         if all(category(character) in UNSEEN for character in text):
-            blank = f": {text[:40]!r} shows nothing" if text.strip() else ""
+            blank = f": {text[:40]!r} has no visible characters" if text.strip() else ""
             raise ValueError(f"{example.source or example.task}: the {part} is empty{blank}")
 
 
-# ids of prompt and target, how many are the prompt's, and what else `Encoded` holds; raise `encoding_cache.VERSION`
-# when the same texts should give other numbers
+# ids of prompt and target, the length of the prompt, and the other fields of `Encoded`; raise `encoding_cache.VERSION`
+# if the same texts should give different numbers
 TYPES = {"ids": "[int32]", "prompt": "int32", "joint": "bool", "cut_prompt": "int32", "cut_target": "int32"}
 
 
 def encode_texts(
-    texts: Mapping[str, list[str]],  # prompt, target; perhaps marked
+    texts: Mapping[str, list[str]],  # prompt, target; optionally marked
     *,
     tokenizer: PreTrainedTokenizerBase,
     leading: list[int],
     eos: int,
     max_length: int,
 ) -> dict[str, list]:
-    """Return the columns `TYPES` of prompts and targets that hold text, and `edited` where words are marked."""
+    """Return the columns `TYPES` of non-empty prompts and targets, and `edited` if words are marked."""
     prompts = _ids(tokenizer, texts["prompt"])
     wholes = _ids(tokenizer, [p + t for p, t in zip(texts["prompt"], texts["target"], strict=True)])
     rows = []
@@ -293,7 +295,7 @@ def encode_texts(
         rows.append(_fit(prompt, target, joint, leading, eos, max_length))
     columns = _in_columns(rows)
     if "marked" in texts:
-        counts = [count - len(leading) for count in columns["prompt"]]  # the last of each prompt are left
+        counts = [count - len(leading) for count in columns["prompt"]]  # prompts are cut on the left
         edited = _edited(tokenizer, texts["prompt"], map(json.loads, texts["marked"]))
         columns["edited"] = [
             [False] * len(leading) + own[len(own) - count :]
@@ -305,10 +307,10 @@ def encode_texts(
 def _edited(
     tokenizer: PreTrainedTokenizerBase, prompts: list[str], marked: Iterable[list[list[int]]]
 ) -> Iterator[list[bool]]:
-    """Return of each token of prompts whether a marked character is in it."""
+    """Yield for each prompt whether each token contains a marked character."""
     if not tokenizer.is_fast:
         raise ValueError(
-            f"data.marks needs to know which characters a token has, and {type(tokenizer).__name__} does not say: "
+            f"data.marks needs the character offsets of tokens, which {type(tokenizer).__name__} does not provide: "
             "choose a model with a fast tokenizer"
         )
     given: dict[str, Any] = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
@@ -324,11 +326,11 @@ def encode_two_texts(
     eos: int,
     max_length: int,
 ) -> dict[str, list]:
-    """Return the columns `TYPES` of prompts and targets that are texts of their own.
+    """Return the columns `TYPES` of prompts and targets that are separate texts.
 
-    Each stands between the tokenizer's special tokens, which for targets (`text_target`) may be others, such as the
-    code of a language, and so may be the vocabulary (Marian's); a target ends in eos. The blank that parts a target
-    from its prompt is left out.
+    Each is enclosed in the tokenizer's special tokens. Those of targets (`text_target`) may differ, such as a language
+    code, and so may the vocabulary (Marian's). A target ends in eos. The blank that separates a target from its prompt
+    is removed.
     """
     targets = [text.removeprefix(" ") for text in texts["target"]]
     rows = []
@@ -349,7 +351,7 @@ def _in_columns(rows: Sequence[tuple]) -> dict[str, list]:
 
 
 def _bare(ids: list[int], leading: list[int], closing: list[int]) -> list[int]:
-    """Return the tokens of a text without the special ones that it spells out itself: one of each is enough."""
+    """Return the tokens of a text without special tokens that the text itself spells out, to avoid doubling them."""
     if leading and ids[: len(leading)] == leading:
         ids = ids[len(leading) :]
     if closing and ids[-len(closing) :] == closing:
@@ -361,7 +363,7 @@ def _ids(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], target: bool = False, special: bool = False
 ) -> list[list[int]]:
     given: dict[str, Any] = {"text_target" if target else "text": texts}
-    # verbose=False: no advice about texts beyond the model's length, which `_fit` deals with
+    # verbose=False: no warnings about texts beyond the model's length, which `_fit` handles
     return tokenizer(**given, add_special_tokens=special, verbose=False)["input_ids"]
 
 
@@ -380,17 +382,17 @@ def _fit(
 
 
 class EncodedRows(Dataset[Encoded]):
-    """Encoded examples in one array of tokens: 170,000 prompts take 70 MB instead of 600.
+    """Encoded examples in a single token array: 170,000 prompts take 70 MB instead of 600.
 
     Args:
-        examples: n of them.
-        columns: what `encode_texts` makes of them, as `prepare` returns them.
-        target_tokens: of each target, the first so many are left; None for all.
+        examples: n examples.
+        columns: the columns of `encode_texts` for them, as returned by `prepare`.
+        target_tokens: number of leading target tokens to keep; None for all.
 
     Attributes:
-        lengths: tokens of each row.
-        prompt_lengths: tokens of each row's prompt.
-        targets: target tokens of each row, over which its loss is a mean.
+        lengths: number of tokens in each row.
+        prompt_lengths: number of prompt tokens in each row.
+        targets: number of target tokens in each row, over which its loss is averaged.
     """
 
     def __init__(
@@ -402,9 +404,9 @@ class EncodedRows(Dataset[Encoded]):
         self.examples, self._columns = list(examples), columns
         lengths, prompts = columns["ids.lengths"], columns["prompt"]
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        self._edits = np.concatenate([[0], np.cumsum(prompts)]).astype(np.int64)  # where those of a row begin
+        self._edits = np.concatenate([[0], np.cumsum(prompts)]).astype(np.int64)  # starts of rows in `edited`
         if target_tokens is not None:
-            longest = int(lengths.max(initial=0))  # the sum is one of 32 bits
+            longest = int(lengths.max(initial=0))  # the sum below is in 32 bits
             lengths = np.minimum(lengths, prompts + min(target_tokens, longest))
         self.lengths: list[int] = lengths.tolist()
         self.prompt_lengths: list[int] = prompts.tolist()
@@ -414,8 +416,8 @@ class EncodedRows(Dataset[Encoded]):
         return len(self.examples)
 
     def __getitem__(self, i: int) -> Encoded:
-        """Return row i as `encode` made it, with its number."""
-        i = range(len(self))[i]  # -1 is the last row, len(self) an IndexError
+        """Return row i as made by `encode`, with its index."""
+        i = range(len(self))[i]  # -1 is the last row, len(self) raises IndexError
         ids = self._columns["ids"][self._starts[i] : self._starts[i] + self.lengths[i]].tolist()
         prompt, joint, cut_prompt, cut_target = (
             self._columns[name][i].item() for name in TYPES if name != "ids"
@@ -427,23 +429,23 @@ class EncodedRows(Dataset[Encoded]):
 
 
 class Collator:
-    """Lay encoded rows out as prompt | target.
+    """Collate encoded rows into the prompt | target layout.
 
     Args:
-        pad_token_id: the tokenizer's; it fills columns that no mask shows.
+        pad_token_id: the tokenizer's pad id, for masked columns.
     """
 
     def __init__(self, pad_token_id: int | None) -> None:
         if pad_token_id is None:
-            raise ValueError("the tokenizer has no pad token; base_models.load_tokenizer gives it one")
+            raise ValueError("the tokenizer has no pad token; base_models.load_tokenizer sets one")
         self.pad_token_id = pad_token_id
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
         """Return the batch.
 
-        input_ids, attention_mask, labels and prompt_mask (bool) are (b, s); boundary is an int; rows (b,) holds
-        the rows' numbers in their `EncodedRows`, which models do not take. Where words are marked,
-        edit_mask (b, s) bool says which tokens they are.
+        input_ids, attention_mask, labels and prompt_mask (bool) are (b, s); boundary is an int; rows (b,) holds the
+        row indices in their `EncodedRows` and is not a model input. If words are marked, edit_mask (b, s) bool marks
+        their tokens.
         """
         boundary = max(len(row.prompt_ids) for row in rows)
         width = boundary + max(len(row.target_ids) for row in rows)
@@ -475,16 +477,16 @@ class Collator:
 
 
 def target_only(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Ask for the logits of the target columns only: the loss is the same, and the head does less work.
+    """Request logits for the target columns only, which gives the same loss with less work for the head.
 
-    Hugging Face causal models compare logits of column j with the label of column j+1, so the t target
-    columns need the column before them too: labels (b, t+1), `logits_to_keep` = t+1 with t = s - boundary.
+    Hugging Face causal models compare the logits of column j with the label of column j+1, so the t target columns
+    also need the column before them: labels (b, t+1), `logits_to_keep` = t+1 with t = s - boundary.
 
     Args:
-        batch: from `Collator`; not changed.
+        batch: a batch of `Collator`; not modified.
 
     Raises:
-        KeyError: if the batch has no boundary, as ordinary Hugging Face batches have none.
+        KeyError: if the batch has no boundary, like ordinary Hugging Face batches.
     """
     labels: Tensor = batch["labels"]
     keep = labels.shape[1] - batch["boundary"] + 1

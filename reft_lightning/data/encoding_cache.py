@@ -1,12 +1,12 @@
-"""Columns of numbers computed from columns of texts in several processes, and kept in files.
+"""Number columns computed from text columns in several processes, and cached in files.
 
-The name of a file is a digest of all that the numbers depend on: the texts, the tokenizer, the settings, the versions
-of the libraries and `VERSION`. Whatever changes gets another name, so that no file is ever stale. A file is moved to
-its place when it is complete, and damage shows in the checksums of its format, a zip file of arrays::
+A file's name is a digest of everything that the numbers depend on: the texts, the tokenizer, the settings, the library
+versions and `VERSION`. Any change leads to a different name, so no file is ever stale. A file is moved into place once
+it is complete, and the checksums of its format, a zip file of arrays, reveal damage::
 
-    <cache>/encoded/<digest>.npz    the columns, and `about`: what they were made of, in JSON
+    <cache>/encoded/<digest>.npz    the columns, and `about`: what they were computed from, as JSON
 
-Nothing removes old files; the whole of `encoded` can be deleted at any time: it is made again.
+Old files are never removed automatically. The folder `encoded` can be deleted at any time and is then rebuilt.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from ..terminal.bars import Bar
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # raise when the same texts, tokenizer and settings should give other numbers
+VERSION = 1  # raise if the same texts, tokenizer and settings should give different numbers
 SMALL = 2000  # fewer rows take less than a second, and are computed in each run
-PROCESSES = 8  # at most; each gets PER_PROCESS rows or more, as starting them takes about half a second
+PROCESSES = 8  # at most; each gets at least PER_PROCESS rows, because starting one takes about half a second
 PER_PROCESS = 5000
-CHUNK = 1024  # texts a call; fast tokenizers are about 3 times faster on lists
+CHUNK = 1024  # texts per call; fast tokenizers are about 3 times faster on lists
 NUMBERS = {"int8": np.int8, "int32": np.int32, "bool": np.bool_}
 
 Texts = Mapping[str, Sequence[str]]  # column -> n texts
@@ -55,18 +55,18 @@ def prepare(
     depends_on: Callable[[], Mapping[str, Any] | None],
     what: str = "rows",
 ) -> Columns:
-    """Return what a function makes of texts, n rows, from a file if it was computed before.
+    """Return the result of a function of n texts, from the cache if it was computed before.
 
     Args:
         function: columns of k texts -> columns of k numbers, or of k lists of numbers.
         texts: columns of n texts.
         types: column -> the type of its numbers (`NUMBERS`), in brackets for lists: `"[int32]"`.
-        depends_on: returns what else the numbers depend on, in addition to the texts, to be written as JSON; None keeps
-            no file and starts no process. Not called for small sets.
+        depends_on: returns what the numbers depend on in addition to the texts, as JSON data; if it returns None,
+            nothing is cached and no process is started. Not called for small sets.
         what: names the rows in the log and the progress bar.
 
     Returns:
-        column -> (n,) numbers. A column of lists is one array of all numbers, and `<column>.lengths` (n,) int64.
+        column -> (n,) numbers. A column of lists is a single array of all numbers, with `<column>.lengths` (n,) int64.
     """
     rows = len(next(iter(texts.values())))
     settings = depends_on() if rows >= SMALL else None
@@ -90,19 +90,19 @@ def prepare(
                 columns = _read(path, types)
                 if columns is None:
                     if path.exists():
-                        log.warning("%s is damaged and is made again", path)
+                        log.warning("%s is damaged and will be rebuilt", path)
                     columns = compute(processes_for(rows))
                     write_whole(path, partial(_write, {**columns, "about": np.array(about)}))
     except OSError as error:
         log.warning(
-            "%s cannot be kept in %s (%s): computed again in each run. $REFT_CACHE names another folder",
+            "%s cannot be cached in %s (%s) and will be recomputed in each run; set $REFT_CACHE to another folder",
             what, path.parent, error,
         )  # fmt: skip
     return compute() if columns is None else columns
 
 
 def digest_of(texts: Texts) -> str:
-    """Return a digest of columns of texts: of their names, their texts and their order."""
+    """Return a digest of text columns, which covers their names, their texts and the order of the texts."""
     digest = hashlib.sha256()
     for name in sorted(texts):
         digest.update(_json([name, len(texts[name])]).encode())
@@ -116,8 +116,8 @@ def _json(value: Any) -> str:
 
 
 def _write(columns: Columns, path: Path) -> None:
-    arrays: dict[str, Any] = {**columns}  # numbers and text: nothing is pickled
-    with path.open("wb") as file:  # a name without .npz would get one
+    arrays: dict[str, Any] = {**columns}  # numbers and text, so nothing is pickled
+    with path.open("wb") as file:  # savez would append .npz to a name without it
         np.savez(file, **arrays)
 
 
@@ -173,7 +173,7 @@ _work: Callable[[int], Columns]
 
 
 def _inherit(chunk: Callable[[int], Columns]) -> None:
-    """Let a process find what it inherited, function and texts, of which nothing is copied; it ends with its parent."""
+    """Give a worker access to the function and texts that it inherited without copying; it exits with its parent."""
     global _work
     _work = chunk
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -183,7 +183,7 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os._exit(1)  # a parent that was killed would leave it waiting for work
+    os._exit(1)  # otherwise it would wait for work after its parent was killed
 
 
 def _inherited(start: int) -> Columns:
@@ -192,7 +192,7 @@ def _inherited(start: int) -> Columns:
 
 @contextmanager
 def _forks_without_threads() -> Iterator[None]:
-    """Keep tokenizers from starting threads, which do not outlive a fork."""
+    """Keep tokenizers from starting threads, which do not survive a fork."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
@@ -204,7 +204,7 @@ def _forks_without_threads() -> Iterator[None]:
 
 
 def processes_for(rows: int) -> int:
-    """Return in how many processes so many rows are computed."""
+    """Return the number of processes for a given number of rows."""
     if sys.platform != "linux" or multiprocessing.current_process().daemon:
-        return 1  # started in another way than by a fork, they would run the user's script again; a daemon starts none
+        return 1  # without fork, they would run the user's script again; daemons cannot start processes
     return max(min(len(os.sched_getaffinity(0)), PROCESSES, rows // PER_PROCESS), 1)

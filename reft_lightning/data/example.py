@@ -1,4 +1,4 @@
-"""One row as everything above reads it, and how its generated text is scored."""
+"""A row in the form that the rest of the package uses, and how its generated texts are scored."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ _WORD_OR_SYMBOL = re.compile(r"""\w+|[^\w\s.,;:!?'"()‘’“”…]""")
 
 @dataclass(frozen=True)
 class Example:
-    """One question: what the model reads, what it learns to generate, and what counts as right.
+    """One question: what the model reads, what it learns to generate, and what counts as correct.
 
     Args:
-        task: name of the benchmark, `"boolq"`.
-        prompt: the question or instruction; a template (`prompts.py`) makes of it the text the model reads. Empty
-            where the target is a text of its own.
-        target: text to learn, without the end-of-sequence token.
-        answer: gold answer, what `Family.score` finds in the target.
+        task: name of the benchmark, such as `"boolq"`.
+        prompt: the question or instruction, which a template (`prompts.py`) turns into the text that the model reads.
+            Empty if the target is a text without a prompt.
+        target: the text to learn, without the end-of-sequence token.
+        answer: the gold answer, as `Family.score` finds it in the target.
         options: candidate target texts, ranked by likelihood in the evaluation; empty for open questions.
-        source: where the row is (`"boolq/train.json, row 17"`), for error messages; whoever reads the rows notes it.
-        context: what an instruction is about, Alpaca's "### Input:".
-        turns: earlier turns of a conversation, (role, text) with the roles system, user and assistant.
-        source_prompt: another prompt, whose hidden states interchange interventions put into this one.
-        pictures: what is seen, one for each mark in the texts, in their order.
-        marked: where in the prompt the words stand that are edited, (start, end) each; without marks (`marks.py`).
-        references: answers of several people, where the gold answer is only the commonest.
-        recorded: column -> value, written with the prediction of this row. Not part of equality.
+        source: where the row comes from (`"boolq/train.json, row 17"`), for error messages; set when the row is read.
+        context: what the instruction refers to, Alpaca's "### Input:".
+        turns: earlier turns of a conversation, as (role, text) with the roles system, user and assistant.
+        source_prompt: another prompt, whose hidden states interchange interventions insert into this one.
+        pictures: one for each mark in the texts, in the same order.
+        marked: (start, end) of each span of edited words in the prompt, after its marks are removed (`marks.py`).
+        references: answers of several people, of which the gold answer is the most common.
+        recorded: column -> value, written with the prediction of this row. Ignored in comparisons.
     """
 
     task: str
@@ -54,7 +54,7 @@ class Example:
 
     @property
     def content(self) -> tuple[str, ...]:
-        """Return all that makes this row what it is: what is read, learnt, chosen from, and counted as right."""
+        """Return everything that identifies this row: its texts, options, pictures and gold answers."""
         turns = tuple(text for turn in self.turns for text in turn)
         several = (self.options, turns, self.seen, self.references)
         one = (self.task, self.prompt, self.target, self.answer, self.context, self.source_prompt)
@@ -62,16 +62,16 @@ class Example:
 
     @property
     def seen(self) -> tuple[str, ...]:
-        """Return what identifies its pictures."""
+        """Return the digests of the pictures."""
         return tuple(picture.digest for picture in self.pictures)
 
 
 class Judgement(NamedTuple):
-    """What was made of the generated texts of one row.
+    """The result of scoring the generated texts of one row.
 
     Args:
-        answer: found in the (first) text; None where none was found, which counts as missing.
-        scores: measure -> 0..1.
+        answer: the answer found in the (first) text; None if none was found, which counts as missing.
+        scores: measure -> score, 0..1.
     """
 
     answer: str | None
@@ -86,12 +86,12 @@ def exact_match(
     equal: Callable[[str | None, str], bool] = operator.eq,
     measure: str = "accuracy",
 ) -> Score:
-    """Return the scorer that compares an extracted answer with the gold one.
+    """Return a scorer that compares an extracted answer with the gold answer.
 
     Args:
-        extract: generated text -> answer, None where there is none.
-        equal: (answer, gold answer) -> whether it is right.
-        measure: what the share of right answers is called.
+        extract: generated text -> answer, or None if there is none.
+        equal: (answer, gold answer) -> whether it is correct.
+        measure: name of the share of correct answers.
 
     >>> score = exact_match(lambda text: text.strip() or None)
     >>> score([" yes"], Example("t", "p", "yes", "yes"))
@@ -107,9 +107,9 @@ def exact_match(
 
 
 def normalized(question: str) -> str:
-    """Return the words and symbols of a question in lower case, separated by spaces, to compare questions by.
+    """Return the words and symbols of a question in lower case, separated by spaces, for comparing questions.
 
-    Punctuation of sentences does not count, unless there is nothing else; operators and emoji do.
+    Sentence punctuation is ignored unless there is nothing else; operators and emoji count.
 
     >>> normalized("What is  (2+3)?")
     'what is 2 + 3'
@@ -118,12 +118,12 @@ def normalized(question: str) -> str:
 
 
 def placed(make: Callable[[Row], Made], row: Row, where: str) -> Made:
-    """Return the example that is made of a row, with the place of the row, which errors name too."""
-    try:  # `naming` would add a tenth to the time of many rows
+    """Return the example made from a row, with the row's source, which is also named in errors."""
+    try:  # `naming` would take a tenth longer for many rows
         example = make(row)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    # nobody else has it yet, and `replace` takes as long as `make`
+    # safe because nothing else refers to it yet; `replace` takes as long as `make`
     object.__setattr__(example, "source", where)
     return example
 
@@ -132,10 +132,10 @@ def column(row: Row, name: str) -> Any:
     """Return one column of a row.
 
     Raises:
-        ValueError: if the row lacks it (names the columns it has), or is not an object.
+        ValueError: if the column is missing (lists the columns there are), or the row is not an object.
     """
     if not isinstance(row, Mapping):
-        raise ValueError(f"must be an object with {name!r}; got {row!r:.80}")
+        raise ValueError(f"must be an object with the column {name!r}; got {row!r:.80}")
     if name not in row:
         raise ValueError(
             f"no column {name!r}{did_you_mean(name, row)}; the columns are {', '.join(map(str, row))}"
@@ -144,7 +144,7 @@ def column(row: Row, name: str) -> Any:
 
 
 def text_in(row: Row, name: str) -> str:
-    """Return one column of a row, which must hold text; bytes, as Parquet files may have them, are read as UTF-8."""
+    """Return one column of a row, which must hold text; bytes, as in some Parquet files, are decoded as UTF-8."""
     return as_text(column(row, name), name)
 
 
@@ -162,7 +162,7 @@ def list_in(row: Row, name: str) -> Sequence[Any]:
 
 
 def as_text(value: Any, name: str) -> str:
-    """Return a value that must be text, see `text_in`."""
+    """Return a value, which must be text, see `text_in`."""
     if isinstance(value, bytes):
         try:
             return value.decode()
@@ -174,14 +174,14 @@ def as_text(value: Any, name: str) -> str:
 
 
 def question_of(example: Example) -> Hashable:
-    """Return what is equal in two rows that ask the same question, or are the same text."""
+    """Return a key that is equal for two rows with the same question or, without prompts, the same text."""
     return example.prompt or example.target, example.context, example.turns, example.seen
 
 
 def named_task(family: str, tasks: Mapping[str, T], name: str) -> T:
-    """Return the task of a family by its name; the error for another name has the nearest."""
+    """Return a family's task by name; the error for an unknown name suggests the closest one."""
     if name not in tasks:
         raise ValueError(
-            f"{family} has no task {name!r}{did_you_mean(name, tasks)}; it has {', '.join(tasks)}"
+            f"{family} has no task {name!r}{did_you_mean(name, tasks)}; its tasks are {', '.join(tasks)}"
         )
     return tasks[name]

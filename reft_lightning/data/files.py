@@ -1,9 +1,9 @@
-"""The rows of one file: JSON, JSON Lines, CSV, TSV, Parquet or text, recognised by the ending of its name.
+"""The rows of one file: JSON, JSON Lines, CSV, TSV, Parquet or text, recognised by its file extension.
 
-A folder that `datasets` wrote with `save_to_disk` counts as a file. Every reader yields pairs (row, where it is),
-such as `({"question": ...}, "mine/train.csv, line 7")`, so that a later error can name the row. Text is UTF-8, or
-UTF-16 with a byte order mark; all but Parquet may be gzipped. What is not in the format is a ValueError with file and
-line or row; a missing file is a FileNotFoundError with what its folder holds.
+A folder that `datasets` wrote with `save_to_disk` counts as a file. Every reader yields pairs (row, source), such as
+`({"question": ...}, "mine/train.csv, line 7")`, so that later errors can name the row. Text is UTF-8, or UTF-16 with a
+byte order mark; all formats except Parquet may be gzipped. A format error raises ValueError, naming the file and the
+line or row; a missing file raises FileNotFoundError, listing the contents of its folder.
 """
 
 from __future__ import annotations
@@ -23,36 +23,37 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 Rows = Iterator[tuple[dict[str, Any], str]]
-LONGEST_CELL = 2**31 - 1  # of a CSV file; the csv module allows 131,072 characters unless told otherwise
-DELIMITERS = (",", ";", "\t")  # of CSV files, those recognised
-BATCH = 1000  # rows that are made Python objects at once
-_SPACE = re.compile(r"[ \t\r\n]*")  # what JSON allows between two values
+LONGEST_CELL = 2**31 - 1  # characters in a CSV cell; the csv module's default limit is 131,072
+DELIMITERS = (",", ";", "\t")  # of CSV files, recognised automatically
+BATCH = 1000  # rows converted to Python objects at once
+_SPACE = re.compile(r"[ \t\r\n]*")  # white space that JSON allows between two values
 
 
 def read_file(path: Path, delimiter: str | None = None) -> Rows:
-    """Yield (row, where) of a file in the format that its ending names.
+    """Yield (row, where) pairs of a file in the format given by its extension.
 
     Args:
-        path: ends in a key of `READERS`, and for text perhaps in `.gz` after that; or a folder of `save_to_disk`.
-        delimiter: of a CSV file; None reads it from the header.
+        path: a file with one of the extensions `READERS`, followed by `.gz` if it is gzipped; or a folder of
+            `save_to_disk`.
+        delimiter: of a CSV file; None detects it from the header.
     """
     reader = read_saved if is_saved(path) else READERS.get(ending(path))
     if reader is None:
-        if not path.exists():  # a folder, perhaps, whose name is misspelt
+        if not path.exists():  # possibly a misspelt folder name
             _check_exists(path)
         raise ValueError(
-            f"{path}: rows are read from files that end in {', '.join(READERS)}, all but .parquet also with "
-            f".gz; got {path.name!r}"
+            f"{path}: the file extension must be one of {', '.join(READERS)}, with .gz after it if the file is gzipped "
+            f"(except .parquet); got {path.name!r}"
         )
     if delimiter is not None:
         if reader is not read_csv:
-            raise ValueError(f"{path}: a delimiter is for .csv files; leave data.delimiter={delimiter!r} out")
+            raise ValueError(f"{path}: data.delimiter={delimiter!r} applies to .csv files only; remove it")
         reader = partial(read_csv, delimiter=delimiter)
     yield from reader(path)
 
 
 def ending(path: Path) -> str:
-    """Return what names a file's format: its last suffix, or the one before `.gz`.
+    """Return the extension that gives a file's format: the last one, or the one before `.gz`.
 
     >>> ending(Path("mine/rows.v2.jsonl.gz"))
     '.jsonl'
@@ -64,7 +65,7 @@ def ending(path: Path) -> str:
 
 
 def listing(folder: Path) -> str:
-    """Return the names in a folder as one line, for error messages."""
+    """Return the names in a folder as one line for error messages."""
     if not folder.is_dir():
         above = next((parent for parent in folder.parents if parent.is_dir()), None)
         return "nothing (no such folder" + (f"; {above} holds {listing(above)})" if above else ")")
@@ -76,7 +77,7 @@ def listing(folder: Path) -> str:
 
 
 def read_json_file(path: Path) -> Rows:
-    """Yield (row, where) of a `.json` list (or object of rows) or a `.jsonl` file, gzipped or not."""
+    """Yield (row, where) pairs of a `.json` list (or object of rows) or a `.jsonl` file, gzipped or not."""
     if ending(path) == ".jsonl":
         yield from json_lines(text_lines(path), path)
         return
@@ -89,12 +90,12 @@ def read_json_file(path: Path) -> Rows:
                 )
             yield row, f"{_label(path)}, row {i}" + (f" (line {line})" if line > 1 else "")
     except json.JSONDecodeError as error:
-        hint = "; is this JSON Lines? then it must end in .jsonl" if error.msg == "Extra data" else ""
+        hint = "; if this is JSON Lines, its name must end in .jsonl" if error.msg == "Extra data" else ""
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg}){hint}") from error
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Return the value of a JSON text; it raises `json.JSONDecodeError` where the caller should say the line."""
+    """Return the value of a JSON text; syntax errors raise `json.JSONDecodeError`, so the caller can add the line."""
     return _decoded(_DECODER.decode, where, text)
 
 
@@ -110,12 +111,12 @@ def _decoded(decode: Callable[..., Any], where: str, *arguments: Any) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; of a repeated key, Python's decoder would silently keep the last value."""
+    """Return a JSON object; raise ValueError for a repeated key, of which json silently keeps the last value."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         repeated = next(key for key in found if keys.count(key) > 1)
-        raise ValueError(f"an object has the key {repeated!r} more than once")
+        raise ValueError(f"an object contains the key {repeated!r} more than once")
     return found
 
 
@@ -123,9 +124,9 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _json_values(text: str, path: Path) -> Iterator[tuple[Any, int]]:
-    """Yield the elements of a JSON list, or the values of a JSON object, with the line each begins in.
+    """Yield the elements of a JSON list, or the values of a JSON object, with the line on which each begins.
 
-    A list is decoded element by element: `json.loads` does not tell where an element was.
+    A list is decoded element by element, because `json.loads` does not report the positions of elements.
     """
     here = _end_of_space(text, 0)
     if text[here : here + 1] != "[":
@@ -158,7 +159,7 @@ def _end_of_space(text: str, start: int) -> int:
 
 
 def json_lines(lines: Iterable[str], path: Path) -> Rows:
-    """Yield (row, where) of the lines of a file that hold one JSON object each; empty ones are passed over."""
+    """Yield (row, where) pairs of lines that hold one JSON object each; empty lines are skipped."""
     label = _label(path)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -176,20 +177,21 @@ def json_lines(lines: Iterable[str], path: Path) -> Rows:
 
 
 def read_csv(path: Path, delimiter: str | None = None) -> Rows:
-    """Yield (row, where) of comma-separated values with a header line; a quoted cell may hold line breaks.
+    """Yield (row, where) pairs of comma-separated values with a header line; quoted cells may contain line breaks.
 
-    Every value is text. `where` names the line in which a row begins. Without a delimiter it is the one of
-    `DELIMITERS` that gives the header the most columns.
+    Every value is text. `where` names the line on which a row begins. The delimiter defaults to the one of `DELIMITERS`
+    that splits the header into the most columns.
     """
     between = delimiter or _delimiter_of(path)
-    note = "" if delimiter else f"; the header has {between!r} between cells: data.delimiter names another"
+    note = "" if delimiter else f"; the detected delimiter is {between!r} (data.delimiter sets it)"
     yield from _table(_csv_cells(path, between), path, None, note)
 
 
 def read_tsv(path: Path, columns: Sequence[str] | None = None, torn: bool = False) -> Rows:
-    r"""Yield (row, where) of tab-separated values: one row a line, quotation marks are ordinary characters.
+    r"""Yield (row, where) pairs of tab-separated values: one row per line; quotation marks have no special meaning.
 
-    The first line names the columns unless `columns` do. Of a `torn` file, lines without all cells are left out.
+    The first line names the columns unless `columns` is given. With `torn`, lines with a wrong number of cells are
+    skipped.
     """
     cells = (
         (number, line.rstrip("\r\n").split("\t"))
@@ -208,22 +210,22 @@ def _delimiter_of(path: Path) -> str:
 
     found = max(DELIMITERS, key=columns)  # the first of several
     if found != ",":
-        log.info("%s: the header has %r between cells", path, found)
+        log.info("%s: using the delimiter %r, detected from the header", path, found)
     return found
 
 
 def _csv_cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line in which the row begins, cells) of a CSV file."""
+    """Yield (first line of the row, cells) of a CSV file."""
     csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(text_lines(path), delimiter=delimiter, strict=True)
     begin = 1
     try:
         for cells in reader:
-            if cells:  # an empty line has none
+            if cells:  # an empty line has no cells
                 yield begin, cells
             begin = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{path}, the row that begins in line {begin}: not CSV ({error})") from error
+        raise ValueError(f"{path}, the row that begins on line {begin}: not CSV ({error})") from error
 
 
 def _table(
@@ -233,11 +235,11 @@ def _table(
     note: str = "",
     torn: bool = False,
 ) -> Rows:
-    """Yield each line's cells under the names of the header."""
+    """Yield each row as a mapping from the header's names to its cells."""
     if columns is None:
         line, columns = next(numbered, (0, []))
         if not columns:
-            raise ValueError(f"{path} is empty: its first line must name the columns")
+            raise ValueError(f"{path} is empty; its first line must name the columns")
         _check_header(columns, f"{path}, line {line}")
     left_out = 0
     for line, cells in numbered:
@@ -251,7 +253,9 @@ def _table(
                 f"{', '.join(columns)}; it begins with {cells[0]!r:.60}{note}"
             )
     if left_out:
-        log.info("%s: left out %d lines without all of %s", path.name, left_out, ", ".join(columns))
+        log.info(
+            "%s: skipped %d lines without exactly the columns %s", path.name, left_out, ", ".join(columns)
+        )
 
 
 def _check_header(columns: Sequence[str], where: str) -> None:
@@ -259,18 +263,18 @@ def _check_header(columns: Sequence[str], where: str) -> None:
         place = next(i for i, name in enumerate(columns, start=1) if not name.strip())
         raise ValueError(
             f"{where}: column {place} has no name; the header is {', '.join(map(repr, columns))} "
-            "(pandas writes its index so: use to_csv(..., index=False))"
+            "(pandas writes its index this way: use to_csv(..., index=False))"
         )
     repeated = sorted({name for name in columns if list(columns).count(name) > 1})
     if repeated:
-        raise ValueError(f"{where}: the header names {', '.join(map(repr, repeated))} more than once")
+        raise ValueError(f"{where}: the header contains {', '.join(map(repr, repeated))} more than once")
 
 
 # ------------------------------------------------------------------------------------------------------ text
 
 
 def read_text(path: Path) -> Rows:
-    """Yield (row, where) of a text file: each line is a row with the column `text`; empty ones are passed over."""
+    """Yield (row, where) pairs of a text file: each line is a row with the column `text`; empty lines are skipped."""
     label = _label(path)
     for number, line in enumerate(text_lines(path), start=1):
         if line.strip():
@@ -281,7 +285,7 @@ def read_text(path: Path) -> Rows:
 
 
 def read_parquet(path: Path) -> Rows:
-    """Yield (row, where) of a Parquet file."""
+    """Yield (row, where) pairs of a Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -295,26 +299,26 @@ def read_parquet(path: Path) -> Rows:
 
 
 def is_saved(path: Path) -> bool:
-    """Whether a path is a folder that `datasets.Dataset.save_to_disk` wrote."""
+    """Return whether a path is a folder written by `datasets.Dataset.save_to_disk`."""
     return (path / "state.json").is_file()
 
 
 def read_saved(path: Path) -> Rows:
-    """Yield (row, where) of a folder that `datasets.Dataset.save_to_disk` wrote."""
+    """Yield (row, where) pairs of a folder written by `datasets.Dataset.save_to_disk`."""
     import datasets
     import pyarrow as pa
 
     try:
         rows = datasets.Dataset.load_from_disk(str(path)).with_format("arrow")
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a whole folder of save_to_disk ({error})") from error
+        raise ValueError(f"{path}: incomplete folder of save_to_disk ({error})") from error
     yield from arrow_rows(rows.iter(BATCH), _label(path))
 
 
 def arrow_rows(tables: Iterable[Any], label: str) -> Rows:
-    """Yield (row, where) of Arrow tables or batches that follow each other.
+    """Yield (row, where) pairs of consecutive Arrow tables or batches.
 
-    Cells of Arrow's type JSON, in which `datasets` keeps columns of mixed types, are read as the values they hold.
+    Cells of Arrow's JSON type, which `datasets` uses for columns of mixed types, are decoded.
     """
     start = 0
     for table in tables:
@@ -337,7 +341,7 @@ def arrow_rows(tables: Iterable[Any], label: str) -> Rows:
 
 
 def _holds_json(kind: Any) -> bool:
-    """Whether cells of an Arrow type are JSON texts, or have them inside."""
+    """Return whether cells of an Arrow type are, or contain, JSON texts."""
     import pyarrow as pa
 
     if isinstance(kind, pa.BaseExtensionType):
@@ -348,7 +352,7 @@ def _holds_json(kind: Any) -> bool:
 
 
 def _from_json(cell: Any, kind: Any) -> Any:
-    """Return a cell with the values of its JSON texts."""
+    """Return a cell with its JSON texts decoded."""
     if cell is None or not _holds_json(kind):
         return cell
     if isinstance(cell, dict):
@@ -382,10 +386,10 @@ def _check_exists(path: Path) -> None:
 
 
 def text_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a text file with their ends; only a line feed ends one.
+    """Yield the lines of a text file with their line endings; only a line feed ends a line.
 
-    Every reader of text opens its file here: UTF-8 with or without a byte order mark, UTF-16 with one, gzipped where
-    the name says so.
+    Every text reader opens its file here: UTF-8 with or without a byte order mark, or UTF-16 with one; gzipped if the
+    name ends in `.gz`.
     """
     _check_exists(path)
     opener = gzip.open if path.suffix.lower() == ".gz" else open
@@ -401,7 +405,7 @@ def text_lines(path: Path) -> Iterator[str]:
             f"{path}{place}: not {error.encoding.upper()} text ({error.reason}); save it as UTF-8"
         ) from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: not a whole gzip file ({error})") from error
+        raise ValueError(f"{path}: not a complete gzip file ({error})") from error
 
 
 def _line_that_is_not_utf8(path: Path, opener: Callable[..., Any]) -> int:

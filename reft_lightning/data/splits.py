@@ -1,4 +1,4 @@
-"""How validation rows are taken out of the train rows, and what identifies a set of rows."""
+"""How validation rows are held out from the train rows, and what identifies a set of rows."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ log = logging.getLogger(__name__)
 
 
 Stratum = Callable[[Example], Hashable]
-Carved = tuple[list[Example], list[Example]]  # the rows to train on, and those for validation
+Carved = tuple[list[Example], list[Example]]  # train rows, validation rows
 
 
 def by_task(example: Example) -> str:
-    """Return the stratum of a row: its task."""
+    """Return the task of a row as its stratum."""
     return example.task
 
 
 def distinct(examples: Iterable[Example]) -> list[Example]:
-    """Return the first row of each question."""
+    """Return the first row for each question."""
     first: dict[Hashable, Example] = {}
     for example in examples:
         first.setdefault(question_of(example), example)
@@ -32,26 +32,26 @@ def distinct(examples: Iterable[Example]) -> list[Example]:
 
 
 def carve_validation(examples: Sequence[Example], size: int, seed: int, stratum: Stratum = by_task) -> Carved:
-    """Take `size` validation rows out of the train rows, and every repetition of their prompts with them.
+    """Hold out `size` validation rows from the train rows, and remove repetitions of their prompts from training.
 
-    Each stratum gives its share of the rows (largest remainders), so small tasks are not forgotten. Chosen
-    rows have distinct prompts. The choice depends only on `seed` and the rows: subsets of the train rows are
-    taken afterwards (`subset`), so a smaller run is validated on the same rows as a full one.
+    Each stratum contributes its share of the rows (largest remainders), so small tasks are not forgotten. The chosen
+    rows have distinct prompts. The choice depends only on `seed` and the rows: subsets of the train rows are taken
+    afterwards (`subset`), so a smaller run is validated on the same rows as a full one.
 
     Args:
         examples: all train rows.
-        size: how many validation rows; 0 for none.
-        seed: the split's own seed, not the run's.
-        stratum: what to balance over; the task by default.
+        size: number of validation rows; 0 for none.
+        seed: the seed of the split, not of the run.
+        stratum: the groups to balance over; the task by default.
 
     Returns:
         (train, validation), both in the order of `examples`.
 
     Raises:
-        ValueError: if `size` is negative, or leaves no train row.
+        ValueError: if `size` is negative, or leaves no train rows.
     """
     if size < 0:
-        raise ValueError(f"data.validation_size must be 0 or more; got {size}")
+        raise ValueError(f"data.validation_size must be at least 0; got {size}")
     if size == 0:
         return list(examples), []
     first = distinct(examples)
@@ -64,12 +64,12 @@ def carve_validation(examples: Sequence[Example], size: int, seed: int, stratum:
     train = [example for example in examples if question_of(example) not in held_out]
     repeated = len(examples) - len(train) - len(validation)
     if repeated:
-        log.info("%d train rows repeat a validation prompt and were left out of train", repeated)
+        log.info("%d train rows repeat a validation prompt and were removed from training", repeated)
     return train, validation
 
 
 def drawn(examples: Sequence[Example], size: int, seed: int, stratum: Stratum) -> list[Example]:
-    """Return `size` of the rows, in their order, to which each stratum gives its share (largest remainders)."""
+    """Return `size` of the rows, in their order; each stratum contributes its share (largest remainders)."""
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for i, example in enumerate(examples):
         groups[stratum(example)].append(i)
@@ -84,21 +84,21 @@ def drawn(examples: Sequence[Example], size: int, seed: int, stratum: Stratum) -
 
 
 def subset(examples: Sequence[Any], limit: int | None, seed: int) -> list[Any]:
-    """Return `limit` rows drawn without replacement, in their order; all of them when `limit` is None.
+    """Return `limit` rows drawn without replacement, in their order; all of them if `limit` is None.
 
-    A larger limit with the same seed contains the smaller one.
+    With the same seed, a larger subset contains the smaller ones.
     """
     if limit is None:
         return list(examples)
     if limit < 1:
-        raise ValueError(f"a limit must be 1 or more, or None for all rows; got {limit}")
+        raise ValueError(f"a limit must be at least 1, or None for all rows; got {limit}")
     order = list(range(len(examples)))
     random.Random(seed).shuffle(order)
     return [examples[i] for i in sorted(order[:limit])]
 
 
 def fingerprint(examples: Iterable[Any]) -> str:
-    """Return a short hash of the content of examples in order: equal hashes mean equal data."""
+    """Return a short hash of the content of examples, in order; equal hashes mean equal data."""
     digest = hashlib.sha256()
     for example in examples:
         for text in example.content:

@@ -1,4 +1,4 @@
-"""The data module of texts without prompts, of which a language model learns every token."""
+"""The data module of texts without prompts; a language model learns every token of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .generation_data import GenerationData
 
 
 class TextData(GenerationData):
-    """Loaders of a family of kind `text`, whose rows are pieces of texts; arguments as :class:`GenerationData`."""
+    """Loaders for a family of kind `text`, whose rows are pieces of texts; takes the arguments of `GenerationData`."""
 
     def _check(self, example: Example) -> None:
         BenchmarkData._check(self, example)

@@ -1,7 +1,7 @@
-"""Rows for models with an encoder and a decoder: the encoder reads the prompt, the decoder writes the target.
+"""Rows for encoder-decoder models: the encoder reads the prompt, the decoder writes the target.
 
-Letters: b rows, s columns of prompts, t columns of targets. Each is a text of its own, with the tokenizer's special
-tokens and padding on the right, where these models expect it::
+Letters: b rows, s columns of prompts, t columns of targets. Prompt and target are separate texts, each with the
+tokenizer's special tokens and padding on the right, as these models expect::
 
     p1 p2 p3 eos pad     input_ids, attention_mask  (b, s)
     t1 t2 eos -100       labels                     (b, t)
@@ -23,11 +23,11 @@ from .texts import padded
 
 
 class TextToTextData(GenerationData):
-    """Loaders of prompts and targets; arguments as those of :class:`GenerationData`."""
+    """Loaders of prompts and targets; takes the arguments of :class:`GenerationData`."""
 
     @staticmethod
     def lay_out(reader: Any, example: Example, max_length: int) -> dict[str, Any]:
-        """Likewise."""
+        """Return the batch of one example, as in training; its prompt must already have its template."""
         return side_by_side(reader.pad_token_id, [encode(reader, example, max_length, two_texts=True)])
 
     def _encoded(self, examples: list[Example], what: str, target_tokens: int | None = None) -> EncodedRows:
@@ -39,7 +39,7 @@ class TextToTextData(GenerationData):
 
 
 def side_by_side(pad_token_id: int, rows: Sequence[Encoded]) -> dict[str, Any]:
-    """Return input_ids and attention_mask (b, s), labels (b, t), and the rows' numbers (b,)."""
+    """Return input_ids and attention_mask (b, s), labels (b, t), and the row indices (b,)."""
     return {
         "input_ids": padded([row.prompt_ids for row in rows], pad_token_id),
         "attention_mask": padded([[1] * len(row.prompt_ids) for row in rows], 0),

@@ -1,6 +1,6 @@
-"""Texts and pairs of texts to tokens, and tokens to right-padded batches for a classifier.
+"""From texts and pairs of texts to tokens, and from tokens to right-padded batches for a classifier.
 
-Letters: b rows, s columns. A row is what the tokenizer makes of it with its special tokens::
+Letters: b rows, s columns. A row has the tokenizer's special tokens::
 
     cls a1 a2 sep b1 b2 sep pad pad     input_ids, attention_mask, token_type_ids (if the tokenizer has them)
     label                               (b,) int64 classes, or float32 scores
@@ -31,20 +31,20 @@ TYPES = "token_type_ids"
 
 
 class EncodedTexts(Dataset[dict[str, Any]]):
-    """Encoded rows in one array of tokens; the 363,846 rows of QQP take 45 MB instead of half a gigabyte.
+    """Encoded rows in a single token array; the 363,846 rows of QQP take 45 MB instead of half a gigabyte.
 
-    A row longer than `max_length` loses tokens at the end of the longer text of its pair, one at a time (the
-    tokenizers' `longest_first`); their number is logged, and available as `truncated`. `lengths` are the tokens of each
-    row, and `targets` what its loss is a mean over: one label.
+    A row longer than `max_length` loses tokens one at a time at the end of the longer text of its pair (the tokenizers'
+    `longest_first`); the number of such rows is logged, and available as `truncated`. `lengths` holds the number of
+    tokens in each row, and `targets` the number of targets over which its loss is averaged: one label.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         examples: texts with labels.
-        max_length: tokens of a row, special ones included.
+        max_length: maximum number of tokens in a row, special tokens included.
         what: names the rows in the log.
 
     Raises:
-        ValueError: if `max_length` leaves no room for a token of each text in addition to the special ones.
+        ValueError: if `max_length` leaves no room for one token of each text in addition to the special tokens.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class EncodedTexts(Dataset[dict[str, Any]]):
         self._tokens, lengths = columns["ids"], columns["ids.lengths"]
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self.lengths, self.targets = lengths.tolist(), [1] * len(lengths)
-        # all types 0 is the default of every model, and decoders have none
+        # if all types are 0, leave them out: 0 is the default of every model, and decoders take no types
         self._types = columns[TYPES] if typed and columns[TYPES].any() else None
         self.truncated = int(columns["cut"].sum())
         if self.truncated:
             log.warning(
-                "%d of %d %s: truncated to %d tokens, the longer text first",
+                "%d of %d %s: truncated to %d tokens, longer text first",
                 self.truncated, len(self.examples), what, max_length,
             )  # fmt: skip
 
@@ -83,7 +83,7 @@ class EncodedTexts(Dataset[dict[str, Any]]):
         return len(self.examples)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """Return row i: input_ids, token_type_ids if there are any, the label and the row's number."""
+        """Return row i: input_ids, token_type_ids if there are any, the label and the row's index."""
         place = slice(self._starts[i], self._starts[i + 1])
         row: dict[str, Any] = {"input_ids": self._tokens[place], "label": self.examples[i].label, "row": i}
         return row if self._types is None else row | {TYPES: self._types[place]}
@@ -95,10 +95,10 @@ def encode_texts(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> dict[str, list]:
-    """Return ids, perhaps token types, and whether a row was cut."""
-    read: Any = tokenizer  # its stubs name no pair
+    """Return the ids, the token types if any, and whether each row was truncated."""
+    read: Any = tokenizer  # its type stubs do not know pairs
     sides = [texts[name] for name in ("first", "second") if name in texts]
-    # verbose=False: no advice about texts beyond the model's length, which are cut below
+    # verbose=False: no warnings about texts beyond the model's length, which are truncated below
     whole = read(*sides, verbose=False)
     columns = {"ids": whole["input_ids"]} | ({TYPES: whole[TYPES]} if TYPES in whole else {})
     cut = [len(row) > max_length for row in columns["ids"]]
@@ -116,17 +116,17 @@ class TextCollator:
     """Pad rows on the right.
 
     Args:
-        pad_token_id: the tokenizer's; it fills columns that no mask shows.
+        pad_token_id: the tokenizer's pad id, for masked columns.
         regression: whether labels are scores (float32) instead of classes (int64).
     """
 
     def __init__(self, pad_token_id: int | None, regression: bool) -> None:
         if pad_token_id is None:
-            raise ValueError("the tokenizer has no pad token; base_models.load_tokenizer gives it one")
+            raise ValueError("the tokenizer has no pad token; base_models.load_tokenizer sets one")
         self.pad_token_id, self.regression = pad_token_id, regression
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return input_ids, attention_mask, perhaps token_type_ids (b, s), labels (b,) and the rows' numbers (b,)."""
+        """Return input_ids, attention_mask, token_type_ids if any (b, s), labels (b,) and the row indices (b,)."""
         ids = [row["input_ids"] for row in rows]
         kind = torch.float32 if self.regression else torch.int64
         batch: dict[str, Any] = {
@@ -141,7 +141,7 @@ class TextCollator:
 
 
 def padded(rows: Sequence[Sequence[int] | np.ndarray], value: int) -> Tensor:  # -> (b, s) int64
-    """Return rows of numbers below each other, each filled up on the right."""
+    """Return rows of numbers as a matrix, each padded on the right."""
     full = np.full((len(rows), max(len(row) for row in rows)), value, dtype=np.int64)
     for i, row in enumerate(rows):
         full[i, : len(row)] = row

@@ -1,4 +1,4 @@
-"""What the ids of a tokenizer depend on, as a digest."""
+"""A digest of everything that a tokenizer's ids depend on."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 log = logging.getLogger(__name__)
 
-# Attributes that change no id: where it came from, the layout of conversations (their text is rendered before),
-# and what a tokenizer notes while it is used.
+# Attributes that do not affect ids: the tokenizer's origin, the layout of conversations (which are rendered before
+# tokenisation), and state noted while it is used.
 _NO_IDS = {
     "chat_template", "deprecation_warnings", "files_loaded", "init_inputs", "init_kwargs", "name_or_path",
     "response_template", "verbose", "_in_target_context_manager",
@@ -24,23 +24,25 @@ _PROBE = "Ab  1,234\n\tdon't </s> <s> naïve 中文 🙂 ﬁ"
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return a digest of class, vocabulary, rules, special tokens and options of a tokenizer.
+    """Return a digest of the class, vocabulary, rules, special tokens and options of a tokenizer.
 
     Returns:
-        None for a class from elsewhere than transformers, or with parts written in Python: what its ids depend on
-        cannot be seen from outside.
+        None if the class is not from transformers or has parts written in Python, because what its ids depend on
+        cannot be determined from outside.
     """
     kind = type(tokenizer)
     if kind.__module__.partition(".")[0] != "transformers":
         log.info(
-            "what the ids of %s.%s depend on is not known: they are not kept", kind.__module__, kind.__name__
+            "encoded rows are not cached, because %s.%s is not a tokenizer of transformers",
+            kind.__module__,
+            kind.__name__,
         )
         return None
-    # The calls come first: they also take away what earlier ones left in the rules, truncation and padding.
+    # These calls come first, because they also reset truncation and padding that earlier calls left in the rules.
     probe = [tokenizer(_PROBE, add_special_tokens=special)["input_ids"] for special in (False, True)]
     state = _rules(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerFast) else _files(tokenizer)
     if state is None:
-        log.info("%s has parts that cannot be written to a file: its ids are not kept", kind.__name__)
+        log.info("encoded rows are not cached, because %s has parts that cannot be serialised", kind.__name__)
         return None
     options = {name: value for name, value in vars(tokenizer).items() if name not in _NO_IDS}
     ids = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
@@ -51,7 +53,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def encoding_settings(
     layout: str, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> dict[str, Any] | None:
-    """Return what encoded rows depend on in addition to their texts; None where it is not known."""
+    """Return what encoded rows depend on in addition to their texts; None if it is not known."""
     digest = tokenizer_digest(tokenizer)
     return None if digest is None else {"layout": layout, "tokenizer": digest, "max_length": max_length}
 
@@ -73,5 +75,5 @@ def _files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 def _named(value: Any) -> str:
-    # objects are covered by the rules or the files; their representation may hold an address
+    # objects are covered by the rules or the files; their repr may contain a memory address
     return repr(value) if isinstance(value, AddedToken) else type(value).__name__

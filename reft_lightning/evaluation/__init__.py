@@ -1,4 +1,4 @@
-"""Evaluation: generated text -> answer -> score, and the likelihood of options."""
+"""Evaluation: generated text -> answer -> score, and the likelihoods of options."""
 
 from .decoding import Decoding, generate
 from .option_likelihood import log_likelihood, option_log_likelihoods, summed_log_p, with_draft

@@ -1,4 +1,4 @@
-"""Measures of a classifier that are not means over rows: correlations and F1 as torchmetrics, with 95 % intervals.
+"""Classifier measures that are not means over rows: correlations and F1 as torchmetrics classes, with 95 % intervals.
 
 Accuracy is `row_metrics.RowScores` with Wilson's interval.
 """
@@ -20,15 +20,15 @@ log = logging.getLogger(__name__)
 
 
 def matthews(confusion: Tensor) -> float:  # (classes, classes), rows are labels
-    r"""Return Matthews' correlation of the classes of a confusion matrix C; 0 where it is undefined.
+    r"""Return Matthews' correlation for a confusion matrix C; 0 if it is undefined.
 
     .. math:: \frac{c s - \sum_k p_k t_k}{\sqrt{(s^2 - \sum_k p_k^2)(s^2 - \sum_k t_k^2)}}
 
-    with c the trace of C, s its sum, t and p the sums of its rows and columns.
+    with c the trace of C, s its sum, t and p its row and column sums.
 
-    Source: Gorodkin 2004, Computational Biology and Chemistry 28. It is undefined where all predictions, or all
-    labels, are one class: 0 by convention, as in scikit-learn and GLUE's metric. (With two classes, torchmetrics takes
-    a limit there that rewards the constant prediction of the commonest class.)
+    Source: Gorodkin 2004, Computational Biology and Chemistry 28. It is undefined if all predictions, or all labels,
+    are of one class, and is then 0 by convention, as in scikit-learn and GLUE's metric. (For two classes, torchmetrics
+    uses a limit instead, which rewards always predicting the most common class.)
 
     >>> matthews(torch.tensor([[0, 3], [0, 7]]))
     0.0
@@ -43,7 +43,7 @@ def matthews(confusion: Tensor) -> float:  # (classes, classes), rows are labels
 
 
 class Matthews(MulticlassConfusionMatrix):
-    """Matthews' correlation over batches and processes, see `matthews`."""
+    """Matthews' correlation, accumulated over batches and processes, see `matthews`."""
 
     def compute(self) -> Tensor:
         """Return the correlation."""
@@ -53,8 +53,9 @@ class Matthews(MulticlassConfusionMatrix):
 class Correlation(Metric):
     """Pearson's correlation of predicted and true scores over batches and processes, or Spearman's, that of ranks.
 
-    It is computed in float64 from all scores. (torchmetrics sums up Pearson's in float32, and gives equal predictions a
-    correlation of rounding errors.) 0 where either side is constant, which defines none; NaN where a prediction is NaN.
+    It is computed in float64 from all scores. (torchmetrics accumulates Pearson's in float32, so constant predictions
+    get a correlation that consists of rounding errors.) It is 0 if either side is constant, where the correlation is
+    undefined, and NaN if any prediction is NaN.
     """
 
     full_state_update = False
@@ -78,25 +79,27 @@ class Correlation(Metric):
         if any(scores.isnan().any() for scores in both):
             return torch.tensor(math.nan)
         if any(scores.min() == scores.max() for scores in both):
-            log.warning("a correlation is undefined: predictions or labels are constant; counted as 0")
+            log.warning(
+                "a correlation is undefined, because predictions or labels are constant; it counts as 0"
+            )
             return torch.tensor(0.0)
         both = list(map(_ranks, both)) if self.ranks else both
         return torch.corrcoef(torch.stack(both))[0, 1]
 
 
 def _ranks(scores: Tensor) -> Tensor:  # (n,) -> (n,)
-    """Return the rank of each score; equal ones share their mean rank."""
+    """Return the rank of each score; ties share their mean rank."""
     _, which, counts = scores.unique(return_inverse=True, return_counts=True)
     counts = counts.double()
     return (counts.cumsum(0) - (counts - 1) / 2)[which]
 
 
 def metric_of(measure: str, num_labels: int) -> Metric:
-    """Return the torchmetrics object of a measure that is not a mean over rows.
+    """Return the torchmetrics object for a measure that is not a mean over rows.
 
     Args:
-        measure: `f1` (of class 1 of two), `matthews`, `pearson` or `spearman`.
-        num_labels: classes; 1 for a score.
+        measure: `f1` (of class 1, for two classes), `matthews`, `pearson` or `spearman`.
+        num_labels: number of classes; 1 for a regression.
     """
     if measure == "f1" and num_labels == 2:
         return BinaryF1Score()
@@ -104,27 +107,27 @@ def metric_of(measure: str, num_labels: int) -> Metric:
         return Matthews(num_labels)
     if measure in ("pearson", "spearman") and num_labels == 1:
         return Correlation(ranks=measure == "spearman")
-    raise ValueError(f"no measure {measure!r} of {num_labels} labels")
+    raise ValueError(f"no measure {measure!r} for {num_labels} labels")
 
 
 def interval_of(measure: str, metric: Metric, value: float, total: int) -> tuple[float, float]:
-    """Return the 95 % interval of a measure that a metric computed over so many rows."""
+    """Return the 95 % interval of a measure computed by a metric over `total` rows."""
     if measure == "f1":
-        # with several processes the states are those of this one, so the denominator is scaled by its share
+        # with several processes the states are only those of this one, so the denominator is scaled up to all rows
         tp, fp, fn, tn = (float(getattr(metric, name).sum()) for name in ("tp", "fp", "fn", "tn"))
         return f1_interval(value, (2 * tp + fp + fn) * total / max(tp + fp + fn + tn, 1))
     return correlation_interval(value, total, ranks=measure == "spearman")
 
 
 def correlation_interval(r: float, total: int, ranks: bool = False) -> tuple[float, float]:
-    r"""Return a 95 % interval of a correlation r of n rows by Fisher's z; (-1, 1) for fewer than 4 rows.
+    r"""Return a 95 % interval of a correlation r over n rows by Fisher's z; (-1, 1) for fewer than 4 rows.
 
     .. math:: \tanh(\operatorname{artanh} r \pm z \sigma), \quad \sigma^2 = \frac{1}{n - 3}
-        \text{, of ranks } \frac{1 + r^2 / 2}{n - 3}
+        \text{, for ranks } \frac{1 + r^2 / 2}{n - 3}
 
-    Sources: Fisher 1915, Biometrika 10(4), exact for normal variables; of ranks Bonett and Wright 2000,
-    Psychometrika 65(1). Matthews' coefficient is Pearson's of two binary variables, for which it is an
-    approximation that holds while neither class is rare.
+    Sources: Fisher 1915, Biometrika 10(4), exact for normal variables; for ranks Bonett and Wright 2000,
+    Psychometrika 65(1). Matthews' coefficient is Pearson's for two binary variables, where the interval is an
+    approximation that holds unless one of the classes is rare.
 
     >>> [round(end, 3) for end in correlation_interval(0.5, 103)]
     [0.339, 0.632]
@@ -139,11 +142,11 @@ def correlation_interval(r: float, total: int, ranks: bool = False) -> tuple[flo
 
 
 def f1_interval(f1: float, denominator: float) -> tuple[float, float]:
-    r"""Return a 95 % interval of F1 by the delta method over the counts of a row's four outcomes.
+    r"""Return a 95 % interval of F1 by the delta method over the counts of the four outcomes.
 
     .. math:: F \pm z \sqrt{\frac{F (1 - F) (2 - F)}{2 TP + FP + FN}}, \quad F = \frac{2 TP}{2 TP + FP + FN}
 
-    (TP and FP + FN are multinomial; their covariance cancels as F depends only on their ratio.)
+    (TP and FP + FN are multinomial; their covariance cancels because F depends only on their ratio.)
 
     >>> [round(end, 3) for end in f1_interval(0.8, 500)]
     [0.762, 0.838]

@@ -1,14 +1,14 @@
 """Generate continuations for a batch of prompts.
 
-Greedy decoding need not run token by token where the answer can be guessed. The gold target, or the likeliest option,
-serves as a draft: one pass over prompt | draft gives the model's next token after every prefix of the draft, so the
-longest prefix on which the two agree is known at once, and the model's own token after it. Only rows that have not
-ended by then are decoded further, from the keys and values of that pass. The draft decides how fast the tokens are
-known, never which they are (speculative decoding with a given draft: Leviathan et al. 2023, arXiv:2211.17192, at
-temperature 0).
+Greedy decoding does not have to run token by token if the answer can be guessed. The gold target, or the likeliest
+option, serves as a draft: one pass over prompt | draft gives the model's next token after every prefix of the draft.
+This yields the longest prefix on which the two agree, and the model's own token after it. Only rows that have not ended
+there are decoded further, from the keys and values of that pass. The draft affects only the speed, never the tokens
+(speculative decoding with a given draft: Leviathan et al. 2023, arXiv:2211.17192, at temperature 0).
 
-The ids are those of plain greedy decoding up to rounding: a 16-bit base model may resolve a near tie differently, as it
-does between plain decodings of the same rows under different padding (counts in ``experiments/speed/README.md``).
+The ids are those of plain greedy decoding up to rounding: a 16-bit base model may resolve a near tie differently, as
+also happens between plain decodings of the same rows with different padding (counts in
+``experiments/speed/README.md``).
 
 Shapes: b rows, s columns of prompt | target, t target columns, n new tokens, r rows decoded further.
 """
@@ -47,22 +47,22 @@ class Decoding:
     """How texts are generated; the defaults are greedy decoding.
 
     Args:
-        max_new_tokens: of each text, end of text included.
-        do_sample: draw tokens instead of taking the likeliest.
-        temperature: of the distribution drawn from.
-        top_p: draw from the likeliest tokens that hold this share.
-        top_k: draw from this many of the likeliest tokens; 0 from all.
-        num_beams: of beam search, which ends as soon as that many texts are complete, as in the authors' code.
-        no_repeat_ngram_size: no n-gram of this size occurs twice in prompt and text; 0 for no such rule.
-        repetition_penalty: divides the logits of tokens that occurred already.
-        samples: texts for each row.
-        verify: check the target in one pass first, where decoding is plainly greedy; the texts stay the same.
-        stop_strings: a text ends after one of these.
-        seed: of the draws, together with the prompts of the batch: the same rows in the same batch get the same
-            texts, whatever was drawn before.
+        max_new_tokens: maximum number of tokens in each text, including the end-of-text token.
+        do_sample: sample tokens instead of taking the likeliest.
+        temperature: temperature of the sampling distribution.
+        top_p: sample from the likeliest tokens that together have this probability.
+        top_k: sample from this many of the likeliest tokens; 0 for all.
+        num_beams: number of beams; beam search ends as soon as that many texts are complete, as in the authors' code.
+        no_repeat_ngram_size: no n-gram of this size may occur twice in prompt and text; 0 for no limit.
+        repetition_penalty: divides the logits of tokens that have already occurred.
+        samples: number of texts per row.
+        verify: for plain greedy decoding, check the target in a single pass first; the texts stay the same.
+        stop_strings: a text ends after any of these.
+        seed: seed of the sampling, combined with the prompts of the batch: the same rows in the same batch get the
+            same texts, whatever was sampled before.
 
     Raises:
-        ValueError: for a value out of range, or several samples that would all be the same.
+        ValueError: if a value is out of range, or several samples would all be the same.
     """
 
     max_new_tokens: int
@@ -79,7 +79,7 @@ class Decoding:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        # transformers checks these while it generates or not at all, and the number of samples when it is configured
+        # transformers checks these during generation or not at all, and the number of samples when it is configured
         for name, low in LEAST.items():
             if getattr(self, name) < low:
                 raise ValueError(f"decoding.{name} must be at least {low}; got {getattr(self, name)}")
@@ -101,7 +101,7 @@ class Decoding:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The settings under transformers' names, as far as its ``GenerationConfig`` has them."""
+        """Return the settings under transformers' names, except those that ``GenerationConfig`` does not have."""
         names = ["max_new_tokens", "do_sample", "num_beams", "repetition_penalty", "no_repeat_ngram_size"]
         names += ["temperature", "top_p", "top_k"] if self.do_sample else []
         beams = {"early_stopping": True} if self.num_beams > 1 else {}
@@ -109,7 +109,7 @@ class Decoding:
 
     @property
     def verifiable(self) -> bool:
-        """Whether every token is the likeliest one after those before it, so that a draft can be checked."""
+        """Whether every token is the likeliest one given those before it, so that a draft can be checked."""
         plain = not self.do_sample and self.num_beams == self.samples == 1
         return plain and self.no_repeat_ngram_size == 0 and self.repetition_penalty == 1.0
 
@@ -124,7 +124,8 @@ def generate(
     """Return the texts that a model generates for the prompts of a batch: ``texts[row][sample]``.
 
     Special tokens are left out. See :func:`generate_ids`. The new ids are decoded together with the prompt's last
-    token: on their own, SentencePiece tokenizers (Llama's) drop the leading blank, and code loses its indentation.
+    token, because SentencePiece tokenizers (Llama's) would otherwise drop the leading blank, and code would lose its
+    indentation.
     """
     ids = generate_ids(model, batch, tokenizer, decoding, reader)
     last = batch["input_ids"][:, batch["boundary"] - 1].repeat_interleave(decoding.samples)
@@ -132,7 +133,7 @@ def generate(
         tokenizer.batch_decode(part, skip_special_tokens=True)
         for part in (last.unsqueeze(-1), torch.cat([last.unsqueeze(-1), ids], -1), ids)
     )
-    # a character of several tokens may span the boundary: then only the new ids are decoded
+    # if a character of several tokens spans the boundary, only the new ids are decoded
     texts = [
         whole.removeprefix(start) if whole.startswith(start) else text
         for start, whole, text in zip(before, wholes, news, strict=True)
@@ -150,22 +151,22 @@ def generate_ids(
 ) -> Tensor:
     """Return the token ids generated for the prompts of a batch, padded to ``max_new_tokens`` columns.
 
-    The generation defaults that a model ships (sampling, penalties, suppressed tokens) are ignored.
+    The generation defaults shipped with a model (sampling, penalties, suppressed tokens) are ignored.
 
     Args:
         model: an adapted model. ``forward`` numbers the tokens of left-padded rows and returns ``logits`` and
-            ``past_key_values``; ``generate`` also takes ``prompt_mask``: which columns are prompt, if the
-            input holds part of the answer.
-        batch: ``input_ids``, ``attention_mask``, ``prompt_mask`` (b, s) and ``boundary``, the column in which prompts
-            end and targets start. A batch without target columns is decoded plainly, and so is every batch of a model
-            whose columns depend on what comes after them.
-        tokenizer: its ids of eos and pad, and its vocabulary where there are stop strings.
+            ``past_key_values``; ``generate`` also takes ``prompt_mask``, which marks the prompt's columns if the input
+            contains part of the answer.
+        batch: ``input_ids``, ``attention_mask``, ``prompt_mask`` (b, s) and ``boundary``, the column where prompts end
+            and targets start. Decoding is plain, without drafts, if the batch has no target columns, or if the model's
+            columns depend on those after them.
+        tokenizer: provides the ids of eos and pad, and decodes texts if there are stop strings.
         decoding: the settings.
-        reader: of the model, if the same prompts were read before: a draft is checked from what it has read, which
-            it forgets.
+        reader: a reader of the model, if it has already read these prompts; a draft is checked from the columns it
+            has read, which it then forgets.
 
     Returns:
-        (b * samples, max_new_tokens): rows in order, the samples of a row next to each other.
+        (b * samples, max_new_tokens): rows in order, with the samples of a row next to each other.
     """
     boundary = batch["boundary"]
     reader = reader or ColumnReader(model)
@@ -192,7 +193,7 @@ def _decode(
         more["stopping_criteria"] = StoppingCriteriaList(
             [Stop(tokenizer, decoding.stop_strings, first.tolist())]
         )
-    # ranks that share a base decode other rows, as many or fewer: Hugging Face would wait for the same number of them
+    # ranks that share a base may decode different numbers of rows, but Hugging Face would wait for equal numbers
     given = {"input_ids": ids, "attention_mask": attention, "generation_config": config, "synced_gpus": False}
     whole = model.generate(**given, **more)
     new = whole[:, ids.shape[1] :]
@@ -206,18 +207,18 @@ def _verified(reader: ColumnReader, batch: dict[str, Any], tokenizer: Any, decod
     boundary, most = batch["boundary"], decoding.max_new_tokens
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     target = batch["attention_mask"].bool()[:, boundary:] & ~batch["prompt_mask"][:, boundary:]
-    draft = target & ((batch["input_ids"][:, boundary:] == eos).cumsum(-1) == 0)  # nothing follows eos
-    t = min(int(draft.sum(-1).max()), most - 1)  # nor the last token allowed
+    draft = target & ((batch["input_ids"][:, boundary:] == eos).cumsum(-1) == 0)  # ends before eos
+    t = min(int(draft.sum(-1).max()), most - 1)  # and before the last token allowed
     inputs = {name: batch[name][:, : boundary + t] for name in COLUMNS} | sources_in(batch)
     logits = reader.logits({**inputs, "boundary": boundary})  # (b, t + 1, v)
-    # The model's token after the prompt and after each token of the draft; column by column, as generate() takes the
-    # argmax in float32: all columns at once would be a second copy of the logits.
+    # The model's token after the prompt and after each token of the draft, with the argmax in float32 as in generate();
+    # column by column, because all columns at once would need a second copy of the logits.
     own = torch.stack([column.float().argmax(-1) for column in logits.unbind(1)], 1)  # (b, t + 1)
     del logits
     cache = reader.take_cache()
     agreed = draft[:, :t] & (inputs["input_ids"][:, boundary:] == own[:, :-1])
     accepted = agreed.long().cumprod(-1).sum(-1)  # (b,), tokens of the draft
-    # known are the accepted tokens and the model's own after them
+    # the accepted tokens and the model's own token after them are known
     known = torch.arange(t + 1, device=own.device) <= accepted[:, None]
     ends = own == eos
     if decoding.stop_strings:
@@ -232,15 +233,15 @@ def _verified(reader: ColumnReader, batch: dict[str, Any], tokenizer: Any, decod
 
 
 class Stop(StoppingCriteria):
-    """End a row whose new text holds a stop string.
+    """End a row whose new text contains a stop string.
 
-    Hugging Face's own criterion reads across the end of the prompt: after a newline, a text that begins with "def"
-    would end there.
+    Hugging Face's own criterion also matches across the end of the prompt: after a prompt that ends in a newline, it
+    would end a text that begins with "def" if the stop string is a newline and "def".
 
     Args:
         tokenizer: decodes the new tokens.
-        stop_strings: any of them ends a text.
-        first: of each row, the column in which its new text begins.
+        stop_strings: any of these ends a text.
+        first: the column where each row's new text begins.
     """
 
     def __init__(self, tokenizer: Any, stop_strings: tuple[str, ...], first: list[int]) -> None:
@@ -248,7 +249,7 @@ class Stop(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # (r, s) -> (r,)
         """Return which rows have ended."""
-        repeated = len(input_ids) // len(self.first)  # beams of a row stand next to each other
+        repeated = len(input_ids) // len(self.first)  # the beams of a row are next to each other
         firsts = (first for first in self.first for _ in range(repeated))
         rows = zip(input_ids.tolist(), firsts, strict=True)
         texts = self.tokenizer.batch_decode([row[first:] for row, first in rows], skip_special_tokens=True)
@@ -257,7 +258,7 @@ class Stop(StoppingCriteria):
 
 
 def _stops(tokens: Tensor, tokenizer: Any, stop_strings: tuple[str, ...]) -> Tensor:  # (b, n) -> (b, n)
-    """Return after which of the new tokens a text has ended."""
+    """Return for each new token whether the text has ended after it."""
     stop = Stop(tokenizer, stop_strings, [0] * len(tokens))
     return torch.stack([stop(tokens[:, : j + 1], None) for j in range(tokens.shape[1])], 1)
 
@@ -268,19 +269,19 @@ def _continue(
     decoding: Decoding,
     inputs: dict[str, Tensor],  # (b, s)
     boundary: int,
-    cache: DynamicCache | None,  # of all s columns; without it prefixes are read again
+    cache: DynamicCache | None,  # of all s columns; if None, prefixes are read again
     rows: Tensor,  # (r,)
     accepted: Tensor,  # (r,), tokens of the draft
     tokens: Tensor,  # (b, max_new_tokens), filled in place
 ) -> None:
-    """Decode some rows after their known tokens, left-padded to one column again."""
+    """Continue decoding some rows after their known tokens, left-padded to a common column again."""
     width, most = inputs["input_ids"].shape[1], tokens.shape[1]
-    # The last known token is the model's own, which the pass over the draft has not read.
+    # The last known token is the model's own, which was not read in the pass over the draft.
     last = tokens[rows].gather(1, accepted[:, None])  # (r, 1)
     new = torch.ones_like(last, dtype=torch.bool)
     kept = torch.arange(width, device=rows.device) < (boundary + accepted)[:, None]
     attention = torch.cat([inputs["attention_mask"][rows].bool() & kept, new], 1)
-    order = torch.argsort(attention.long(), dim=-1, stable=True)  # dropped columns to the left
+    order = torch.argsort(attention.long(), dim=-1, stable=True)  # moves dropped columns to the left
     order = order[:, width + 1 - int(attention.sum(-1).max()) :]
     ids = torch.cat([inputs["input_ids"][rows], last], 1).gather(1, order)
     prompt = torch.cat([inputs["prompt_mask"][rows], ~new], 1).gather(1, order)
@@ -296,7 +297,7 @@ def _continue(
 
 
 def _taken(cache: Any, rows: Tensor, order: Tensor) -> DynamicCache:
-    """Return a cache with other rows and columns, changed in place."""
+    """Reduce a cache to the given rows and columns, in place, and return it."""
     for layer in cache.layers:
         at, columns = rows.to(layer.keys.device), order.to(layer.keys.device)[:, None, :, None]
         for name in ("keys", "values"):
@@ -310,7 +311,7 @@ def _taken(cache: Any, rows: Tensor, order: Tensor) -> DynamicCache:
 
 @contextmanager
 def own_randomness(seed: int, ids: Tensor) -> Iterator[None]:
-    """Draw from a stream of the seed and the prompts, and leave the stream of training as it was."""
+    """Draw random numbers from a stream seeded by seed and prompts, and leave training's stream unchanged."""
     digest = hashlib.sha256(ids.cpu().numpy().tobytes() + str((seed, *ids.shape)).encode()).digest()
     own = int.from_bytes(digest[:8], "little") >> 1
     cuda = ids.device.type == "cuda"
@@ -324,7 +325,7 @@ def own_randomness(seed: int, ids: Tensor) -> Iterator[None]:
 
 @contextmanager
 def without_generation_defaults(model: nn.Module) -> Iterator[None]:
-    """Set aside the generation defaults of a model, which ``generate`` uses for what is not set."""
+    """Temporarily replace the generation defaults of a model, which ``generate`` would use for unset options."""
     owners = [module for module in model.modules() if isinstance(module, GenerationMixin)]
     shipped = [owner.generation_config for owner in owners]
     try:

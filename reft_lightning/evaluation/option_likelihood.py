@@ -1,6 +1,6 @@
 """Rank the options of multiple-choice rows by likelihood.
 
-The options of a row follow the same prompt, which is read once (:class:`~.prefix_reader.ColumnReader`).
+The options of a row share a prompt, which is read only once (:class:`~.prefix_reader.ColumnReader`).
 
 Shapes: b rows, s columns of prompt | target, t target columns.
 """
@@ -23,17 +23,17 @@ def log_likelihood(reader: ColumnReader, batch: dict[str, Any]) -> Tensor:  # ->
     r"""Return :math:`\log p(\text{target} \mid \text{prompt})`, summed over the target's tokens.
 
     Args:
-        reader: of an adapted model.
-        batch: prompt | target with ``boundary``; ``labels`` of all columns or of the last ones.
+        reader: a reader of an adapted model.
+        batch: prompt | target with ``boundary``; ``labels`` for all columns or only the last ones.
 
     Raises:
-        ValueError: if the model reads the target before it predicts it.
+        ValueError: if the model is not causal, so it reads the target that it should predict.
     """
     base = reader.model.base_model
     if not reading_of(base).causal:
         raise ValueError(
-            f"each token of {type(base).__name__} reads those after it, so one pass over prompt and target does not "
-            "tell how likely the target is; choose a causal language model"
+            f"tokens of {type(base).__name__} attend to later tokens, so a pass over prompt and target does not give "
+            "the likelihood of the target; choose a causal language model"
         )
     width, boundary = batch["input_ids"].shape[1], batch["boundary"]
     labels = batch["labels"][:, batch["labels"].shape[1] - (width - boundary) :]  # (b, t)
@@ -44,7 +44,7 @@ def log_likelihood(reader: ColumnReader, batch: dict[str, Any]) -> Tensor:  # ->
 
 
 def summed_log_p(logits: Tensor, labels: Tensor) -> Tensor:  # (b, t, v), (b, t) -> (b,)
-    r"""Return the log-probabilities of labels, summed over those that are not -100, of the logits that predict them."""
+    r"""Return the log-probabilities of labels under the logits that predict them, summed over labels except -100."""
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     chosen = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return chosen.masked_fill(labels == -100, 0.0).sum(-1)
@@ -57,8 +57,8 @@ def option_log_likelihoods(
 
     Args:
         model: an adapted model.
-        batches: one batch for each option index, rows in the same order, see :func:`log_likelihood`.
-        reader: of the model, if the same prompts are read for something else.
+        batches: one batch for each option index, with rows in the same order, see :func:`log_likelihood`.
+        reader: a reader of the model, if the same prompts are also read for other purposes.
     """
     reader = reader or ColumnReader(model)
     return torch.stack([log_likelihood(reader, batch) for batch in batches], dim=-1)
@@ -69,14 +69,14 @@ def with_draft(
 ) -> dict[str, Any]:
     """Return a batch with the chosen option of each row as its target, for :func:`~.decoding.generate` to check.
 
-    A model that knows the format of the answers generates its likeliest option: where the two differ, a better draft
-    than the gold target. If the prompt of an option is not the batch's own (a long option may cut it), the batch is
-    returned as it is.
+    A model that knows the answer format generates its likeliest option, which is then a better draft than a different
+    gold target. If the prompt of an option differs from the batch's (a long option may cut it), the batch is returned
+    as is.
 
     Args:
-        batch: prompt | target with ``boundary``; not changed.
-        batches: one for each option index.
-        choice: (b,), the index for each row.
+        batch: prompt | target with ``boundary``; not modified.
+        batches: one batch for each option index.
+        choice: (b,), the option index of each row.
     """
     boundary = batch["boundary"]
     for option in batches:
@@ -86,6 +86,6 @@ def with_draft(
     rows = torch.arange(len(batch["input_ids"]), device=batch["input_ids"].device)
     chosen = torch.as_tensor(choice, device=rows.device)
     drafted = {name: value for name, value in batch.items() if name != "labels"}  # those of the gold target
-    for name in COLUMNS:  # (s, options, b), padded with 0: not real in every mask
+    for name in COLUMNS:  # (s, options, b), padded with 0, which means padding in every mask
         drafted[name] = pad_sequence([option[name].mT for option in batches])[:, chosen, rows].mT
     return drafted

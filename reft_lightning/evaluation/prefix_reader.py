@@ -1,15 +1,15 @@
 """Read batches whose rows share their prompts, without reading a column twice.
 
 An evaluation reads the same prompts several times: for the likelihood of each option, for the loss of the target, and
-to generate. These batches begin with the same columns: those of the prompts, and often the first of the targets ("the
-correct answer is ..."). Their keys and values, and their logits, are kept.
+for generation. These batches begin with the same columns: those of the prompts, and often the first columns of the
+targets ("the correct answer is ..."). Their keys, values and logits are kept.
 
-If a model's cache does not hold every column (sliding windows, linear attention, virtual tokens), if its columns depend
-on what comes after them, or the prompts differ (a long target may cut its prompt), every batch is read whole.
+Every batch is read in full if the model's cache does not hold every column (sliding windows, linear attention, virtual
+tokens), if columns depend on those after them, or if the prompts differ (a long target may cut its prompt).
 
-The logits are those of a whole read up to rounding, as matrix products have other shapes: with a 16-bit base model a
-near tie between options may resolve differently (counts in ``experiments/speed/README.md``). Positions P that are a
-callable see the columns read so far, as in generation.
+The logits equal those of a full read up to rounding, because the shapes of the matrix products differ: with a 16-bit
+base model a near tie between options may resolve differently (counts in ``experiments/speed/README.md``). If the
+positions P are a callable, it sees the columns read so far, as in generation.
 
 Shapes: b rows, s columns of prompt | target, t target columns, v tokens of the vocabulary.
 """
@@ -30,8 +30,8 @@ from ..base_models.reading import keeps_its_columns
 
 COLUMNS = ("input_ids", "attention_mask", "prompt_mask")
 OF_BATCHES = (*COLUMNS, "labels", "logits_to_keep", "boundary", "rows", "examples")
-OF_TOKENS = ("type_ids", "edit_mask")  # how arguments end that say of each token what it is
-SOURCES = ("source_ids", "source_mask")  # of other texts, which interchange interventions read
+OF_TOKENS = ("type_ids", "edit_mask")  # suffixes of arguments with one value per token
+SOURCES = ("source_ids", "source_mask")  # of source prompts, which interchange interventions read
 
 
 @dataclass
@@ -43,20 +43,20 @@ class _Read:
 
 
 def seen_in(batch: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """Return what a batch holds besides its text: images, other texts, and what is said of the first columns."""
+    """Return what a batch contains in addition to its text: images, source prompts, and values of its first columns."""
     others = {name: value for name, value in batch.items() if name not in OF_BATCHES}
     return {name: value[:, :width] if name.endswith(OF_TOKENS) else value for name, value in others.items()}
 
 
 def sources_in(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the other texts of a batch's rows, whatever is read after their prompts."""
+    """Return the source prompts of a batch's rows, which do not depend on the columns read."""
     return {name: batch[name] for name in SOURCES if name in batch}
 
 
 class ColumnReader:
-    """Reads one batch after another with one model, and keeps what it read last.
+    """Read one batch after another with one model, reusing the columns read last.
 
-    The model must not change in the meantime: no training step, neither entering nor leaving ``disabled()``.
+    The model must not change in the meantime: do not take a training step, or enter or leave ``disabled()``.
 
     Args:
         model: an adapted model. ``forward`` takes ``past_key_values`` with masks of all columns, and returns
@@ -72,8 +72,8 @@ class ColumnReader:
         """Return the logits after the prompts and after each target column.
 
         Args:
-            batch: ``input_ids``, ``attention_mask``, ``prompt_mask`` (b, s) and ``boundary``, the column in which
-                prompts end and targets start; perhaps images, with which everything is read anew.
+            batch: ``input_ids``, ``attention_mask``, ``prompt_mask`` (b, s) and ``boundary``, the column where prompts
+                end and targets start. With images or other inputs, nothing is reused.
         """
         boundary, columns = batch["boundary"], {name: batch[name] for name in COLUMNS}
         width = columns["input_ids"].shape[1]
@@ -81,7 +81,7 @@ class ColumnReader:
             raise ValueError(f"prompts end at column {boundary}, but the batch has only {width} columns")
         seen = seen_in(batch, width)
         shared = 0 if seen else self._shared(columns, boundary)
-        last, self._last = self._last, None  # a read that fails leaves nothing half done
+        last, self._last = self._last, None  # so a failed read leaves no inconsistent state
         if shared == 0 or last is None:
             last = None
             logits, cache = self._read(columns, 0, width - boundary + 1, None, seen)
@@ -96,15 +96,15 @@ class ColumnReader:
         return logits
 
     def take_cache(self) -> DynamicCache | None:
-        """Hand over the keys and values of all columns read last, which the caller may change; forget everything else.
+        """Return the keys and values of all columns read last, which the caller may change; forget everything else.
 
-        None if the cache does not hold every column.
+        Returns None if the cache does not hold every column.
         """
         last, self._last = self._last, None
         return None if last is None else last.cache
 
     def forget(self) -> None:
-        """Free the memory of what was read."""
+        """Forget what was read, to free its memory."""
         self._last = None
 
     def _read(
@@ -126,7 +126,7 @@ class ColumnReader:
         return output.logits[:, -keep:], cache if holds else None
 
     def _shared(self, columns: dict[str, Tensor], boundary: int) -> int:
-        """Return how many leading columns need not be read: none, or at least the prompts'."""
+        """Return the number of leading columns that can be reused: zero, or at least all columns of the prompts."""
         last = self._last
         if (
             last is None
@@ -148,6 +148,6 @@ class ColumnReader:
 
 
 def _narrow(cache: Any, width: int) -> None:
-    """Keep the first columns; the next read copies them where it adds its own."""
+    """Keep only the first columns; the next read copies them when it appends its own."""
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[..., :width, :], layer.values[..., :width, :]

@@ -1,4 +1,4 @@
-"""Scores of rows as pure functions, and as torchmetrics classes that sum over batches and processes."""
+"""Scores of rows, as pure functions and as torchmetrics classes that accumulate over batches and processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-Z = 1.959964  # quantile of the normal distribution for intervals of 95 %
+Z = 1.959964  # quantile of the normal distribution for 95 % intervals
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
@@ -19,14 +19,14 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
     .. math:: \text{pass@}k = 1 - \binom{n - c}{k} \Big/ \binom{n}{k}
         = 1 - \prod_{i = n - c + 1}^{n} \left(1 - \frac{k}{i}\right)
 
-    for n samples of which c pass: the share of all subsets of k samples that hold one that passes. The product
-    needs no large binomials. (1 - (1 - c/n)^k would be biased: it draws the same sample twice.)
+    for n samples of which c pass: the share of all subsets of k samples that contain at least one that passes. The
+    product avoids large binomials. (1 - (1 - c/n)^k would be biased, because it can draw the same sample twice.)
     Source: Chen et al. 2021, arXiv:2107.03374, eq. 1.
 
     Args:
         samples: n.
         passed: c.
-        k: subset size.
+        k: size of the subsets.
 
     Raises:
         ValueError: unless 1 <= k <= n and 0 <= c <= n.
@@ -37,25 +37,25 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
     if not 1 <= k <= samples:
         raise ValueError(f"pass@{k} needs 1 <= k <= the number of samples; got {samples} samples")
     if not 0 <= passed <= samples:
-        raise ValueError(f"the number of passing samples must lie in 0..{samples}; got {passed}")
-    if samples - passed < k:  # every subset of k holds one that passes
+        raise ValueError(f"the number of passing samples must be in 0..{samples}; got {passed}")
+    if samples - passed < k:  # every subset of k contains one that passes
         return 1.0
     return 1.0 - math.prod(1.0 - k / i for i in range(samples - passed + 1, samples + 1))
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    r"""Return the Wilson score interval of a proportion, 95 %.
+    r"""Return the 95 % Wilson score interval of a proportion.
 
     .. math:: \frac{\hat p + z^2/2n \pm z \sqrt{\hat p (1 - \hat p)/n + z^2/4n^2}}{1 + z^2/n}
 
-    Source: Wilson 1927, JASA 22(158). It stays inside [0, 1] and is sound for few rows.
+    Source: Wilson 1927, JASA 22(158). It stays within [0, 1] and is reliable for few rows.
 
     Args:
-        correct: successes, 0..total.
-        total: trials n.
+        correct: number of successes, 0..total.
+        total: number of trials n.
 
     Returns:
-        Lower and upper end; (nan, nan) without trials.
+        Lower and upper bound; (nan, nan) without trials.
     """
     if total == 0:
         return math.nan, math.nan
@@ -70,16 +70,16 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 def mean_interval(total: int, sum_: float, squares: float) -> tuple[float, float]:
     r"""Return a 95 % interval of the mean of scores in [0, 1].
 
-    Wilson's where every score is 0 or 1 (then the sum of squares is the sum), else the normal one,
-    :math:`\bar x \pm z \, s / \sqrt n`, cut to [0, 1].
+    This is Wilson's interval if every score is 0 or 1 (the sum of squares then equals the sum), otherwise the normal
+    interval :math:`\bar x \pm z \, s / \sqrt n`, clipped to [0, 1].
 
     Args:
         total: number of scores n.
-        sum_: of the scores.
+        sum_: sum of the scores.
         squares: sum of their squares.
 
     Returns:
-        Lower and upper end; (nan, nan) without scores.
+        Lower and upper bound; (nan, nan) without scores.
     """
     if total == 0 or abs(sum_ - squares) < 1e-9 * total:
         return wilson_interval(round(sum_), total)
@@ -109,10 +109,10 @@ def interval_of_means(means: list[float], intervals: list[tuple[float, float]]) 
 
 
 def mean_of_counts(counts: Sequence[Mapping[str, Any] | None]) -> tuple[float, float, float] | None:
-    """Return the mean of the shares that the counts of several tasks give, and its interval.
+    """Return the mean of the shares given by the counts of several tasks, with its interval.
 
     Returns:
-        None where the score of a task is no share of its rows, or is missing.
+        Mean, lower and upper bound; None if the score of a task is missing or is not a share of its rows.
     """
     known = [count for count in counts if count and "correct" in count]
     if len(known) < len(counts):
@@ -122,10 +122,10 @@ def mean_of_counts(counts: Sequence[Mapping[str, Any] | None]) -> tuple[float, f
 
 
 class RowScores(Metric):
-    """Sum scores in [0, 1] over rows, batches and processes; a row without an answer counts with its 0.
+    """Sum scores in [0, 1] over rows, batches and processes; a row without an answer counts with its score of 0.
 
-    ``compute()`` returns (4,) float32: sum, sum of squares, rows, and rows where no answer was found. Apple's GPUs
-    have no wider floats; whole numbers are exact to 16 million.
+    ``compute()`` returns (4,) float32: sum, sum of squares, number of rows, and number of rows without an answer.
+    Apple's GPUs have no wider floats; integers are exact up to 16 million.
     """
 
     full_state_update = False
@@ -137,7 +137,7 @@ class RowScores(Metric):
     def update(self, scores: list[float], missing: int = 0) -> None:
         """Add the scores of a batch, and the number of its rows without an answer."""
         batch = [sum(scores), sum(score * score for score in scores), len(scores), missing]
-        # not in place: inference mode may have made it
+        # not in place, because the tensor may have been created in inference mode
         self.sums = self.sums + torch.tensor(batch, dtype=torch.float32, device=self.sums.device)
 
     def compute(self) -> Tensor:
@@ -156,7 +156,7 @@ class RowScores(Metric):
 
 
 class MeanLoss(Metric):
-    """Mean loss over target tokens: the same for any batch size and any number of processes."""
+    """Mean loss over target tokens, independent of the batch size and the number of processes."""
 
     full_state_update = False
 
@@ -166,7 +166,7 @@ class MeanLoss(Metric):
         self.add_state("tokens", default=torch.tensor(0.0), dist_reduce_fx="sum")
 
     def update(self, loss: Tensor, tokens: int) -> None:
-        """Add a batch's mean loss over so many tokens."""
+        """Add a batch's mean loss over a number of tokens."""
         self.total = self.total + loss.detach().float() * tokens
         self.tokens = self.tokens + tokens
 

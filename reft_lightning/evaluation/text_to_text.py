@@ -1,4 +1,4 @@
-"""Evaluate models with an encoder and a decoder: the likelihood of targets, and generated texts.
+"""Evaluate encoder-decoder models: the likelihood of targets, and generated texts.
 
 Shapes: b rows, s columns of prompts, t columns of targets.
 """
@@ -21,7 +21,7 @@ def target_log_likelihood(model: Any, batch: dict[str, Any]) -> Tensor:  # -> (b
     r"""Return :math:`\log p(\text{target} \mid \text{prompt})`, summed over the target's tokens.
 
     Args:
-        model: an adapted model whose base has an encoder and a decoder.
+        model: an adapted encoder-decoder model.
         batch: ``input_ids`` and ``attention_mask`` (b, s), ``labels`` (b, t).
     """
     read = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
@@ -30,10 +30,10 @@ def target_log_likelihood(model: Any, batch: dict[str, Any]) -> Tensor:  # -> (b
 
 
 def first_tokens(base: Any, tokenizer: Any) -> dict[str, int | None]:
-    """Return what a decoder starts with, under transformers' names.
+    """Return the tokens that a decoder starts with, under transformers' names.
 
-    That is the base model's own ``decoder_start_token_id``, and then its ``forced_bos_token_id``, or what the tokenizer
-    puts before every target, such as the code of its language.
+    These are the base model's ``decoder_start_token_id``, followed by its ``forced_bos_token_id`` or else the token
+    that the tokenizer puts before every target, such as a language code.
     """
     first = tokenizer(text_target="")["input_ids"][:1]
     forced = getattr(base.generation_config, "forced_bos_token_id", None)
@@ -50,8 +50,8 @@ def first_tokens(base: Any, tokenizer: Any) -> dict[str, int | None]:
 def write(model: Any, batch: dict[str, Any], tokenizer: Any, decoding: Decoding) -> list[list[str]]:
     """Return the texts that the decoder writes for the prompts of a batch: ``texts[row][sample]``.
 
-    It starts with :func:`first_tokens`; other generation defaults are ignored. Penalties of repetition look at the text
-    that is written, not at the prompt.
+    Texts start with :func:`first_tokens`; other generation defaults are ignored. Repetition penalties apply to the
+    written text, not to the prompt.
     """
     settings = GenerationConfig(
         **decoding.arguments,
@@ -62,7 +62,7 @@ def write(model: Any, batch: dict[str, Any], tokenizer: Any, decoding: Decoding)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     more: dict[str, Any] = {}
     if decoding.stop_strings:
-        first = [1] * (len(ids) * decoding.samples)  # the start token is no text
+        first = [1] * (len(ids) * decoding.samples)  # after the start token
         more["stopping_criteria"] = StoppingCriteriaList([Stop(tokenizer, decoding.stop_strings, first)])
     drawn = own_randomness(decoding.seed, ids) if decoding.do_sample else nullcontext()
     with without_generation_defaults(model), drawn:

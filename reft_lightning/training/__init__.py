@@ -1,1 +1,1 @@
-"""The LightningModules, the optimizer's groups, checkpoints, and what W&B shows."""
+"""The LightningModules, optimizer groups, checkpoints and W&B reports."""

@@ -1,8 +1,8 @@
-"""`best.ckpt`, the checkpoint that validation chooses; and the end of a training that no longer gets better.
+"""`best.ckpt`, the checkpoint that validation selects, and early stopping.
 
-The monitored score decides, and between equal scores the loss: where answers are generated, many a run scores 0 in
-every validation, and its first checkpoint would win. Of those equal in both the first counts. Early stopping waits for
-a checkpoint that is better in the same sense.
+The monitored score decides, and the loss breaks ties: if answers are generated, many runs score 0 in every validation,
+and their first checkpoint would win. If both are equal, the first checkpoint is kept. Early stopping uses the same
+criterion.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LOSS = "val/loss"
 
 
 class Validation(NamedTuple):
-    """What one validation in training found, after so many optimizer steps."""
+    """The result of one validation during training, after a number of optimizer steps."""
 
     step: int
     score: float
@@ -26,16 +26,16 @@ class Validation(NamedTuple):
 
 
 class BestCheckpoint(Checkpoint):
-    """Write ``best.ckpt`` after each validation that is better than all before; stop when none has been for long.
+    """Write ``best.ckpt`` after each validation that is better than all before, and stop when there is no improvement.
 
     Args:
-        path: of the file.
+        path: path of the file.
         monitor: name of the score that decides, such as ``val/accuracy``.
         mode: ``max`` or ``min``.
-        patience: validations in a row without a better one that end training, or None for no end.
+        patience: stop training after this many validations in a row without improvement; None for no early stopping.
 
     Attributes:
-        validations: so far.
+        validations: the validations so far.
     """
 
     def __init__(self, path: Path, monitor: str, mode: str, patience: int | None = None) -> None:
@@ -45,38 +45,38 @@ class BestCheckpoint(Checkpoint):
 
     @property
     def best(self) -> Validation | None:
-        """Return the best validation, the first of equals; None before there was one with numbers."""
+        """Return the best validation, the first one if tied; None before the first whose score is not NaN."""
         numbers = [v for v in self.validations if not math.isnan(v.score)]
         sign = -1 if self.mode == "max" else 1
         return min(numbers, key=lambda v: (sign * v.score, math.isnan(v.loss), v.loss), default=None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End a resumed run that was stopped after its last validation."""
-        self._stop_where_enough(trainer)
+        """Stop a resumed run that had run out of patience before it was interrupted."""
+        self._stop_if_out_of_patience(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if this is the best validation so far; end training if the best is too long ago."""
+        """Save if this is the best validation so far; stop training if the best is too long ago."""
         fast = getattr(trainer, "fast_dev_run", False)
         if trainer.state.fn != "fit" or trainer.sanity_checking or fast:
             return
         found = trainer.callback_metrics
         if self.monitor not in found:
-            raise ValueError(f"checkpoint.monitor={self.monitor}: no validation row gave that score")
+            raise ValueError(f"checkpoint.monitor={self.monitor}: no validation row has this score")
         score, loss = (float(found[name]) for name in (self.monitor, LOSS))
         if self.validations and self.validations[-1].step == trainer.global_step:
-            self.validations.pop()  # of a run that was stopped in it, perhaps before the file was written
+            self.validations.pop()  # from a run interrupted during it, perhaps before the file was written
         self.validations.append(Validation(trainer.global_step, score, loss))
         if self.best is self.validations[-1]:
             trainer.save_checkpoint(self.path, weights_only=False)
-        self._stop_where_enough(trainer)
+        self._stop_if_out_of_patience(trainer)
 
-    def _stop_where_enough(self, trainer: Trainer) -> None:
+    def _stop_if_out_of_patience(self, trainer: Trainer) -> None:
         up_to_best = self.validations.index(self.best) + 1 if self.best else 0
         if self.patience is not None and len(self.validations) - up_to_best >= self.patience:
             trainer.should_stop = True
 
     def reason(self) -> str:
-        """Return by which measure the best validation was chosen, and why it."""
+        """Return why the best validation was selected."""
         best, count = self.best, len(self.validations)
         assert best is not None
         if count == 1:
@@ -95,5 +95,5 @@ class BestCheckpoint(Checkpoint):
         return {"validations": [tuple(validation) for validation in self.validations]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them up."""
+        """Restore the validations."""
         self.validations = [Validation(*validation) for validation in state_dict["validations"]]

@@ -22,28 +22,28 @@ COMBINED = "combined_score"
 
 
 class ClassificationModule(FinetuningModule):
-    r"""Train by cross entropy over the classes, or by squared error where a score is predicted.
+    r"""Train with cross entropy over the classes, or with squared error if a score is predicted.
 
     .. math:: -\log \operatorname{softmax}(z)_y \qquad \text{or} \qquad (z - y)^2
 
     The loss is computed in float32 from float32 labels, whatever the dtype of the base and its head. (The authors'
-    code casts the labels of STS-B to bfloat16, which has 3 of its scores' digits.)
+    code casts the labels of STS-B to bfloat16, which keeps only 3 digits of its scores.)
 
-    Logged are ``val/loss``, ``<stage>/<test set>/<measure>`` and ``<stage>/<measure>``, the value of the task itself
-    without further test sets. Accuracy comes with ``majority_accuracy``, that of the commonest class of the training
-    rows: what a score must beat before the model can be said to read the text. ``combined_score`` is the mean of the
-    task's other measures.
+    It logs ``val/loss``, ``<stage>/<test set>/<measure>``, and ``<stage>/<measure>`` for the task itself, without its
+    further test sets. Accuracy is accompanied by ``majority_accuracy``, the accuracy of always predicting the most
+    common class of the train rows, a baseline that a model must beat to show that it reads the text.
+    ``combined_score`` is the mean of the task's other measures.
 
-    A row whose outputs are not numbers counts as an answer that is wrong, the class after its own.
+    If the outputs for a row are NaN, it counts as wrong: its prediction is the class after the correct one.
 
-    Intervals in ``counts`` are Wilson's for accuracy, Fisher's z for correlations, the delta method's for F1.
+    Intervals in ``counts`` use Wilson's method for accuracy, Fisher's z for correlations and the delta method for F1.
 
     Args:
         model: an :class:`~reft_lightning.adapters.adapted.AdaptedModel` whose base is a sequence classifier.
-        data: names the task and its measures; its train rows are read.
+        data: provides the task, its measures and the train rows.
         optimization: optimizer and schedule.
         training_pass: see :class:`FinetuningModule`.
-        class_order: which output of the classifier is each class of the task; None: in the task's order.
+        class_order: the classifier output for each class of the task; None if they are in the task's order.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ClassificationModule(FinetuningModule):
         return logits if self.class_order is None else logits[:, self.class_order]
 
     def loss_of(self, batch: dict[str, Any]) -> Tensor:
-        """Return the mean loss over the rows, with what interventions add to it."""
+        """Return the mean loss over the rows, including penalties of interventions."""
         output = self._output(batch)
         return self._loss(self._logits(output), batch["labels"]) + penalty_of(self, output)
 
@@ -100,7 +100,7 @@ class ClassificationModule(FinetuningModule):
     # --- one batch ------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> None:
-        """Add the loss of a batch of rows for selection, and score it."""
+        """Add the loss of a batch of validation rows, and score it."""
         logits = self.logits_of(batch)
         self.loss.update(self._loss(logits, batch["labels"]), len(logits))
         self._score(logits, batch, self.tasks["val"][dataloader_idx])
@@ -126,9 +126,9 @@ class ClassificationModule(FinetuningModule):
                 metric.update(predicted, labels)
         rows = zip(examples, predicted.tolist(), logits.tolist(), broken.tolist(), strict=True)
         for example, guess, row, lost in rows:
-            said: dict[str, Any] = {"task": task, "source": example.source, "prompt": example.prompt}
+            record: dict[str, Any] = {"task": task, "source": example.source, "prompt": example.prompt}
             if self.task.regression:
-                said |= {
+                record |= {
                     "answer": f"{guess:.4f}",
                     "gold": example.answer,
                     "error": abs(guess - example.label),
@@ -136,11 +136,11 @@ class ClassificationModule(FinetuningModule):
                 }
             else:
                 answer = None if lost else self.task.labels[guess]
-                said |= {"answer": answer, "gold": example.answer, "correct": guess == example.label}
-                said |= {"logits": [round(value, 4) for value in row]}
+                record |= {"answer": answer, "gold": example.answer, "correct": guess == example.label}
+                record |= {"logits": [round(value, 4) for value in row]}
                 if "accuracy" in self.measures:
-                    said["scores"] = {"accuracy": float(guess == example.label)}
-            self.predictions.append(said)
+                    record["scores"] = {"accuracy": float(guess == example.label)}
+            self.predictions.append(record)
 
     # --- a whole split --------------------------------------------------------------------------------------
 
@@ -160,7 +160,7 @@ class ClassificationModule(FinetuningModule):
                     self.log(f"{self.prefix}{stage}/{measure}", value, prog_bar=main, sync_dist=True)
 
     def _values(self, task: str, path: str) -> dict[str, float]:
-        """Compute the measures of one test set and fill in what they rest on."""
+        """Return the measures of one test set, and record the counts they are based on."""
         values: dict[str, float] = {}
         metrics = self.scores[task]
         total = int(self._rows(task))
@@ -179,7 +179,7 @@ class ClassificationModule(FinetuningModule):
         return values
 
     def _rows(self, task: str) -> Tensor:
-        """Return how many rows all processes have read."""
+        """Return the number of rows read by all processes."""
         read = sum(row["task"] == task for row in self.predictions)
         return self.trainer.strategy.reduce(torch.tensor(read, device=self.device), reduce_op="sum")
 

@@ -1,4 +1,4 @@
-"""Evaluate a model on one split, and return what was found."""
+"""Evaluate a model on one split, and return the results."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .module import FinetuningModule
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one evaluation found.
+    """The results of one evaluation.
 
     Args:
-        metrics: ``test/<task>/<measure>`` and the like -> value; under ``base/`` for the frozen base.
-        counts: name of a metric -> ``total`` rows, ``correct`` of them, ``missing``, ``interval``.
-        predictions: one dictionary for each row, of all processes.
-        seconds: it took.
+        metrics: metric name such as ``test/<task>/<measure>`` -> value; the prefix is ``base/`` for the frozen base.
+        counts: metric name -> ``total`` rows, ``correct`` rows, ``missing`` answers, ``interval``.
+        predictions: one dictionary per row, from all processes.
+        seconds: duration.
     """
 
     metrics: dict[str, float]
@@ -35,15 +35,15 @@ class Evaluation:
 def evaluate(
     trainer: Trainer, module: FinetuningModule, data: LightningDataModule, split: str, prefix: str = ""
 ) -> Evaluation:
-    """Evaluate the model as it is.
+    """Evaluate the model in its current state.
 
     Args:
-        trainer: any; its loggers are written to, but by a validation after training: it is that of the checkpoint
-            that counts, and no further point of the curve of validations in training.
-        module: holds the model.
-        data: holds the rows.
+        trainer: any trainer. Its loggers are used, except for a validation after training, which evaluates the selected
+            checkpoint and is not another point on the validation curve.
+        module: contains the model.
+        data: provides the rows.
         split: ``validation`` or ``test``.
-        prefix: of the names of metrics: ``base/`` while the frozen base is evaluated.
+        prefix: prefix of the metric names, ``base/`` when the frozen base is evaluated.
     """
     start = time.perf_counter()
     run = {"validation": trainer.validate, "test": trainer.test}[split]

@@ -1,4 +1,4 @@
-"""Evaluate a language model by what it says: generated texts, the likelihood of options, the loss of targets."""
+"""Evaluate a language model by its generated texts, the likelihoods of options, and the loss of targets."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ from .scored_rows import ScoredRowsModule
 
 
 class GenerationModule(ScoredRowsModule):
-    """Train by an objective, score generated texts and rank options by likelihood.
+    """Train with an objective, score generated texts and rank options by likelihood.
 
-    A family without a scorer (instruction tuning) is validated by its loss, and the first batch of texts is generated
-    to be read; on test rows every text is.
+    A family without a scorer (instruction tuning) is validated by its loss, and only the first batch of texts is
+    generated, for people to read; on test rows, all texts are generated.
 
     Args:
         model: an :class:`~reft_lightning.adapters.adapted.AdaptedModel`.
-        data: rows of a benchmark family, which scores texts. How often the commonest answer of a task's training rows
-            is right is what a score must beat before the model can be said to read the question
-            (``majority_accuracy``).
+        data: rows of a benchmark family, which scores texts. ``majority_accuracy`` is the accuracy of always giving
+            the most common answer of a task's train rows, a baseline that a model must beat to show that it reads the
+            question.
         optimization: optimizer and schedule.
         decoding: how texts are generated.
-        objective: what is minimised.
-        ranks_options: whether the options of rows are ranked by likelihood, too.
+        objective: the objective to minimise.
+        ranks_options: whether to rank the options of rows by likelihood, too.
         training_pass: see :class:`FinetuningModule`.
 
     Raises:
-        ValueError: if a token of the base model reads those after it.
+        ValueError: if the base model is not causal.
     """
 
     def __init__(
@@ -76,21 +76,21 @@ class GenerationModule(ScoredRowsModule):
         self._add_measure("majority_accuracy", self.commonest)
 
     def check_reads(self, model: AdaptedModel) -> None:
-        """Reject a model that would read the answers which it learns to predict."""
+        """Reject a model that would read the answers that it should learn to predict."""
         if not reading_of(model.base_model).causal:
             raise ValueError(
-                f"each token of {type(model.base_model).__name__} reads those after it, so it would be trained to "
-                "predict answers that it reads; choose a causal language model, or a data=glue_... file for an encoder"
+                f"tokens of {type(model.base_model).__name__} attend to later tokens, so it would be trained to "
+                "predict answers that it can read; choose a causal language model, or data=glue_... for an encoder"
             )
 
-    # --- what prompt | target in one row says -----------------------------------------------------------------
+    # --- the layout prompt | target -------------------------------------------------------------------------
 
     def option_batches(self, examples: list[Example]) -> list[dict[str, Any]]:
         """Return one batch for each option index."""
         return option_batches(self.tokenizer, examples, self.max_length)
 
     def reader(self) -> Any:
-        """Return what reads the columns that the passes of a batch share: loss, options and texts have one prompt."""
+        """Return the reader of columns that the passes of a batch share: loss, options and texts have one prompt."""
         return ColumnReader(self.model)
 
     def log_likelihood(self, batch: dict[str, Any], reader: Any) -> Tensor:  # -> (b,)
@@ -100,7 +100,7 @@ class GenerationModule(ScoredRowsModule):
     def drafted(
         self, batch: dict[str, Any], batches: list[dict[str, Any]], choice: list[int]
     ) -> dict[str, Any]:
-        """Return the batch with the likeliest options for drafts, which decoding checks."""
+        """Return the batch with the likeliest options as drafts, which decoding checks."""
         return with_draft(batch, batches, choice)
 
     def texts(self, batch: dict[str, Any], decoding: Decoding, reader: Any) -> list[list[str]]:
@@ -152,7 +152,7 @@ class GenerationModule(ScoredRowsModule):
             self._metric("majority_accuracy", task).update(constant)
         texts: list[list[str]] = []
         if self.generates and generates:
-            # a mixture is not a task
+            # the tasks of a mixture are not in the family
             stops = self.family.tasks[task].stop_strings if task in self.family.tasks else ()
             decoding = replace(self.decoding, stop_strings=stops)
             texts = self.texts(drafted, decoding, reader)
@@ -182,7 +182,7 @@ class GenerationModule(ScoredRowsModule):
             self._metric(measure, task).update(values, missing if values else 0)
 
     def _judge(self, texts: list[list[str]], examples: list[Example]) -> list[Any]:
-        """Return the judgement of each row, none where nothing scores the texts; programs are run one by one."""
+        """Return the judgement of each row, or none if texts are not scored; programs are run row by row."""
         if self.family.score is None or not texts:
             return []
         with Bar("scoring texts", len(texts)) as bar:
@@ -198,14 +198,13 @@ class GenerationModule(ScoredRowsModule):
         return self.family.score([option], example).answer
 
     def _rank(self, batch: dict[str, Any], reader: Any) -> tuple[list[str | None], dict[str, Any]]:
-        """Return the most likely option of each row, none where there are none to rank, and the batch to decode.
+        """Return the most likely option of each row (empty if there is nothing to rank), and the batch to decode.
 
-        An option is None where likelihoods are not numbers.
-
-        The likeliest option is its draft: what a model that knows the format says.
+        An option is None if its row's likelihoods are NaN. The likeliest option becomes the draft, because a model that
+        knows the format generates it.
         """
         examples: list[Example] = batch["examples"]
-        scored = self.family.score is not None  # pairs of free texts have options, too
+        scored = self.family.score is not None  # pairs of free-form texts have options, too
         if not self.ranks_options or not scored or not all(example.options for example in examples):
             return [], batch
         batches = [{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in b.items()} | sources_in(batch)
@@ -221,14 +220,14 @@ class GenerationModule(ScoredRowsModule):
     # --- a whole split --------------------------------------------------------------------------------------
 
     def on_test_epoch_end(self) -> None:
-        """Log the scores by task and on average; the loss where texts are free."""
+        """Log the scores by task and on average, and the loss for free-form texts."""
         if self.free:
             self.log(f"{self.prefix}test/loss", self.loss.compute(), sync_dist=True)
         super().on_test_epoch_end()
 
 
 def _commonest_answers(examples: Iterable[Example]) -> dict[str, str]:
-    """Return the commonest answer of each task's training rows, of rows that offer options."""
+    """Return the most common answer among each task's train rows with options."""
     answers: dict[str, Counter[str]] = {}
     for example in (example for example in examples if example.options):
         answers.setdefault(example.task, Counter())[example.answer] += 1

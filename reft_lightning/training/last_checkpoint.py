@@ -1,10 +1,10 @@
 """`last.ckpt`, from which an interrupted run continues as if it had not been interrupted.
 
-A run that stops between two batches is continued exactly by Lightning and the state of the loader. Three things
-need more. Random numbers: those of training are taken up at each batch where the last one left them, so that
-validations, and whether the base was evaluated first, leave no trace in training. A stop inside a batch (an
-exception): what the batch began is taken back, so that it is read again. A stop inside a validation: it starts
-again, as the scores that it had summed are gone.
+Lightning and the loader's state are enough to continue a run exactly if it stops between two batches. Three things need
+more. Random numbers: each training batch starts from the random state left by the previous one, so that evaluating the
+base first, or validating more often, does not change training. A stop within a batch (an exception): the batch's
+progress is rolled back, so that it is read again. A stop within a validation: the validation starts again, because the
+scores accumulated so far are lost.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ log = logging.getLogger(__name__)
 
 
 class LastCheckpoint(Checkpoint):
-    """Write ``last.ckpt`` around validations, after epochs, every n steps, and when a run is interrupted.
+    """Write ``last.ckpt`` before and after validations, after epochs, every n steps, and when a run is interrupted.
 
-    Under several processes the random numbers are those of the first, and only a signal to stop writes a
-    checkpoint at once: after an error in one process the others cannot be waited for. Parameters that are no longer
-    finite are never written: a run could not go on from them.
+    With several processes, the random state is that of the first, and only a signal to stop writes a checkpoint
+    immediately: after an error in one process, the others cannot be waited for. Parameters that are no longer finite
+    are never written, because a run could not continue from them.
 
     Args:
-        path: of the file; it is replaced as a whole.
-        every_n_steps: optimizer steps between checkpoints, or None for none in between.
-        random_state: where training's random numbers start.
+        path: path of the file, which is replaced atomically.
+        every_n_steps: number of optimizer steps between checkpoints; None to write none within epochs.
+        random_state: the random state at the start of training.
     """
 
     def __init__(self, path: Path, every_n_steps: int | None, random_state: Tensor) -> None:
@@ -42,7 +42,7 @@ class LastCheckpoint(Checkpoint):
         self._random: dict[str, Tensor] = {"cpu": random_state}
         self._loaders: list[Any] = []
         self._gradients: dict[str, Tensor] = {}
-        self._step = 0  # optimizer steps after the last whole batch
+        self._step = 0  # number of optimizer steps after the last complete batch
         self._resumed = self._validating = self._due = False
 
     # --- when -----------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note the state after a whole batch, which is saved every n steps."""
+        """Record the state after a complete batch, which is saved every n steps."""
         stepped = trainer.global_step > self._step
         self._step = trainer.global_step
         self._random = random_state(pl_module.device)
@@ -61,12 +61,12 @@ class LastCheckpoint(Checkpoint):
         self._due = bool(stepped and self.every_n_steps and trainer.global_step % self.every_n_steps == 0)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save before a validation, which may take long."""
+        """Save before a validation, which may take a long time."""
         self._validating = True
         self._save_in_fit(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save after a validation: the best score is known."""
+        """Save after a validation, when the best score is known."""
         self._validating = False
         self._save_in_fit(trainer)
 
@@ -75,7 +75,7 @@ class LastCheckpoint(Checkpoint):
         self._save_in_fit(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save where the run was interrupted."""
+        """Save when the run is interrupted."""
         together = trainer.world_size == 1 or isinstance(exception, SIGTERMException)
         if together:
             self._save_in_fit(trainer)
@@ -91,11 +91,13 @@ class LastCheckpoint(Checkpoint):
         trained = (p for p in trainer.lightning_module.parameters() if p.requires_grad)
         finite = all(bool(t.isfinite().all()) for t in (*trained, *self._gradients.values()))
         if not trainer.strategy.reduce_boolean_decision(finite):
-            log.warning("what is trained is no longer finite: it is not written to %s", self.path)
+            log.warning(
+                "trained parameters or gradients are no longer finite, so %s is not updated", self.path
+            )
             return
         for logger in trainer.loggers:
-            logger.save()  # rows of steps that a killed run will not take again
-        # the file is the first rank's: each rank goes on from the mean of all gradients, which has the same mean
+            logger.save()  # a resumed run does not repeat these steps, so their rows must not be lost
+        # only the first rank writes: all ranks continue from the mean of their gradients, which has the same mean
         self._gradients = {
             n: trainer.strategy.reduce(g, reduce_op="mean") for n, g in self._gradients.items()
         }
@@ -106,15 +108,16 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Take up the random numbers, and after a resume the gradients of a step in progress; save every n steps.
+        """Restore the random state, and after a resume the gradients of a step in progress; save every n steps.
 
-        Here, and not at the end of the last batch, what that batch logged has reached the loggers.
+        Saving happens here, not at the end of the last batch, because only now its logged values have reached the
+        loggers.
         """
         if self._due:
             self._save(trainer)
         set_random_state(self._random, pl_module.device)
         if self._resumed:
-            # Lightning counts one step too many for its loggers when it resumes from some of the places above
+            # when resuming from some of the checkpoints above, Lightning counts one step too many for its loggers
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
             for name, parameter in pl_module.named_parameters():
                 if name in self._gradients:
@@ -122,7 +125,7 @@ class LastCheckpoint(Checkpoint):
             self._resumed = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the next batch depends on besides the loops."""
+        """Return what the next batch depends on in addition to the loops."""
         return {
             "random": self._random,
             "loaders": self._loaders,
@@ -131,7 +134,7 @@ class LastCheckpoint(Checkpoint):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it up at the next batch."""
+        """Restore the state, to be used from the next batch on."""
         self._random, self._loaders = state_dict["random"], state_dict["loaders"]
         self._gradients, self._step = state_dict["gradients"], state_dict["step"]
         self._resumed = True
@@ -139,7 +142,7 @@ class LastCheckpoint(Checkpoint):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take back a batch or a validation that is under way."""
+        """Roll back the progress of a batch or a validation that is under way."""
         loops = checkpoint["loops"]["fit_loop"]
         progress = loops["epoch_loop.batch_progress"]
         if progress["current"]["ready"] > progress["current"]["processed"]:
@@ -151,5 +154,5 @@ class LastCheckpoint(Checkpoint):
             validation = loops["epoch_loop.val_loop.batch_progress"]
             validation["is_last_batch"] = False
             for count in (validation["total"], validation["current"]):
-                # what Lightning reads as a validation that stopped in its first batch
+                # for Lightning, a validation that stopped in its first batch
                 count.update(ready=1, started=1, processed=0, completed=0)

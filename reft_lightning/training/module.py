@@ -1,11 +1,12 @@
-"""The LightningModule: trains any adapted model (ReFT, a PEFT baseline, the frozen model).
+"""The LightningModule, which trains any adapted model (ReFT, a PEFT baseline, the frozen model).
 
-Its subclasses evaluate: :class:`~reft_lightning.training.generation.GenerationModule` by what the model says,
-:class:`~reft_lightning.training.classification.ClassificationModule` by its classifier.
+Its subclasses add evaluation: :class:`~reft_lightning.training.generation.GenerationModule` by generated texts,
+:class:`~reft_lightning.training.classification.ClassificationModule` by a classifier's outputs.
 
 An adapted model has ``forward(**batch)``, ``generate(...)``, ``adapter_state_dict()``,
-``load_adapter_state_dict(...)``, ``parameter_roles()`` and ``disabled()``. What it does inside, this file does
-not know. Checkpoints hold what is trained, the optimizer and the loop, not the frozen base.
+``load_adapter_state_dict(...)``, ``parameter_roles()`` and ``disabled()``. This file does not depend on what it does
+internally. Checkpoints contain the trained parameters and the states of the optimizer and the loop, not the frozen
+base.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ log = logging.getLogger(__name__)
 
 
 def limited(batches: int, limit: int | float | None) -> int:
-    """Return how many batches of an epoch Lightning takes: a count, or a share of them, in ``overfit_batches`` too."""
+    """Return how many batches per epoch Lightning uses under a limit, which is a number or a fraction of batches."""
     if limit is None:
         return batches
     return min(batches, limit) if type(limit) is int else int(batches * limit)
 
 
 def optimizer_steps(trainer: Any, batches: int) -> float:
-    """Return how many steps a Trainer takes with ``batches`` an epoch; infinity if only time or a callback ends it."""
+    """Return how many steps a Trainer takes with ``batches`` per epoch; infinity if only time or a callback ends it."""
     most = math.inf if trainer.max_steps == -1 else trainer.max_steps
     if trainer.max_epochs == -1:
         return most
@@ -58,21 +59,21 @@ def optimizer_steps(trainer: Any, batches: int) -> float:
     return min(most, sum(math.ceil(batches / each) for each in accumulated))
 
 
-# These turn all parameters to another type, or put other layers in the place of the base's.
+# These convert all parameters to another dtype, or replace layers of the base.
 UNFIT_PRECISIONS = (HalfPrecision, DoublePrecision, TransformerEnginePrecision, BitsandbytesPrecision)
 
 
 def check_precision(plugin: Precision) -> None:
-    """Refuse a precision, however a Trainer was told of it, that changes the frozen base and the interventions.
+    """Reject a precision, however it was given to the Trainer, that changes the frozen base and the interventions.
 
     Raises:
-        ValueError: with what to write instead.
+        ValueError: if the precision is unsuitable; suggests alternatives.
     """
     if isinstance(plugin, UNFIT_PRECISIONS):
         raise ValueError(
-            f"precision={plugin.precision} ({type(plugin).__name__}) changes the parameters of the frozen base, and of "
-            "interventions, which are float32: load the base in another type (model.dtype=bfloat16) or in fewer bits "
-            "(quantization=nf4), or compute with precision=bf16-mixed"
+            f"precision={plugin.precision} ({type(plugin).__name__}) changes the parameters of the frozen base and of "
+            "interventions, which must stay in float32: load the base in another dtype (model.dtype=bfloat16) or "
+            "quantized (quantization=nf4), or compute with precision=bf16-mixed"
         )
 
 
@@ -80,24 +81,24 @@ TrainingPass = Callable[[dict[str, Any], list[int], int | None], Any]
 
 
 class FinetuningModule(LightningModule):
-    """Train an adapter; a subclass says what the loss is and how the model is evaluated.
+    """Train an adapter; a subclass defines the loss and the evaluation.
 
     Args:
         model: an :class:`AdaptedModel`.
-        data: the loaders, and the tasks that they are of.
+        data: the loaders and their tasks.
         optimization: optimizer and schedule.
-        training_pass: runs the model in training, from its inputs, the numbers of the train rows and the column in
-            which targets start (None for a classifier); None: the model's own forward pass.
+        training_pass: runs the model in training, given its inputs, the indices of the train rows and the column where
+            targets start (None for a classifier). None uses the model's own forward pass.
 
     Attributes:
-        prefix: of logged names: ``base/`` while the frozen base is evaluated.
-        predictions: one dictionary for each row of the last evaluation, of this process; ``scores`` in it are those of
-            the row, by measure.
-        kind: what the predictions are: ``generation``, ``classification`` (with the ``labels``), ``regression`` or
+        prefix: prefix of logged names, ``base/`` while the frozen base is evaluated.
+        predictions: one dictionary per row of the last evaluation in this process, with the row's ``scores`` by
+            measure.
+        kind: the kind of predictions: ``generation``, ``classification`` (with the ``labels``), ``regression`` or
             ``preference``.
-        generates: whether an evaluation generates texts; False leaves losses and likelihoods.
-        commonest: task -> the commonest answer of its training rows.
-        counts: score -> what it rests on: ``total`` rows, ``correct`` of them, ``missing``, ``interval``.
+        generates: whether an evaluation generates texts; if False, only losses and likelihoods are computed.
+        commonest: task -> the most common answer of its train rows.
+        counts: score -> the counts it is based on: ``total`` rows, ``correct`` rows, ``missing`` answers, ``interval``.
     """
 
     commonest: dict[str, str]
@@ -123,35 +124,33 @@ class FinetuningModule(LightningModule):
         self.counts: dict[str, dict[str, Any]] = {}
         self.tokens = 0
         self.train_seconds = 0.0  # before the last on_train_start
-        self.train_metrics: dict[str, float] = {}  # last logged, as far as noted
-        self.total_steps = math.inf  # of training, once it begins
-        self._tokens_before: int | None = None  # of all ranks, in a checkpoint that training goes on from
+        self.train_metrics: dict[str, float] = {}  # last logged values, updated by note_metrics
+        self.total_steps = math.inf  # set when training begins
+        self._tokens_before: int | None = None  # on all ranks, from the checkpoint that training resumes from
         self._started: float | None = None
         self._window = (0, 0.0)
         self._batch_tokens = 0
-        self._step_loss: Tensor | float = 0.0  # of the batches so far, by their shares
+        self._step_loss: Tensor | float = 0.0  # of the step's batches so far, weighted by their shares
         self._batch_loss: Tensor | float = 0.0
         self._warned = False
 
     def loss_of(self, batch: dict[str, Any]) -> Tensor:
         """Return the mean loss of a batch over its targets, a scalar with a gradient."""
-        raise NotImplementedError(
-            f"{type(self).__name__} must define loss_of(batch), the loss that is trained"
-        )
+        raise NotImplementedError(f"{type(self).__name__} must define loss_of(batch), the training loss")
 
     def output_of(self, inputs: dict[str, Any], batch: dict[str, Any]) -> Any:
-        """Return the model's output for the inputs that a batch holds."""
+        """Return the model's output for the inputs of a batch."""
         if self.training_pass is None or not torch.is_grad_enabled():
             return self.model(**inputs)
         return self.training_pass(inputs, batch["rows"].tolist(), batch.get("boundary"))
 
     def tokens_in(self, batch: dict[str, Any]) -> int:
-        """Return how many tokens a batch holds, padding aside."""
+        """Return the number of tokens in a batch, without padding."""
         return int(batch["attention_mask"].sum())
 
     @contextmanager
     def named(self, prefix: str) -> Iterator[None]:
-        """Put a prefix before the names of what is logged inside the block."""
+        """Prefix all names logged inside the block."""
         before, self.prefix = self.prefix, prefix
         try:
             yield
@@ -159,21 +158,21 @@ class FinetuningModule(LightningModule):
             self.prefix = before
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision that would change the model."""
+        """Reject a precision that would change the model."""
         check_precision(self.trainer.precision_plugin)
 
     # --- training -------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        """Return the loss of a batch, weighted as a part of its step; log the loss of the whole step."""
+        """Return the loss of a batch, weighted by its part in the step, and log the loss of the whole step."""
         part = part_of(self.trainer, batch_index, self.optimization.loss_reduction)
         self._batch_tokens = self.tokens_in(batch)
         try:
             loss = self.loss_of(batch)
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise FloatingPointError(
-                f"R cannot be computed at step {self.global_step}, its parameters are no longer finite or its rows "
-                f"no longer independent: lower optimizer.lr ({error})"
+                f"R cannot be computed at step {self.global_step}, because its parameters are no longer finite or its "
+                f"rows are no longer independent: lower optimizer.lr ({error})"
             ) from error
         if not torch.isfinite(loss):
             raise FloatingPointError(
@@ -184,7 +183,7 @@ class FinetuningModule(LightningModule):
         return loss if self.optimization.loss_reduction == "micro_batch_mean" else loss * part.weight
 
     def _log_loss(self, loss: Tensor, part: Part) -> None:
-        """Log the mean over all targets of a step, of all ranks, with its last batch."""
+        """Log the mean loss over all targets of a step on all ranks, at its last batch."""
         if part.first:
             self._step_loss = 0.0
         self._batch_loss = loss * part.share
@@ -193,12 +192,12 @@ class FinetuningModule(LightningModule):
             self.log("train/loss", step_loss, prog_bar=True, sync_dist=True, reduce_fx="sum")
 
     def on_after_backward(self) -> None:
-        """Count what the batch adds: before a checkpoint can be written, and not if the batch failed."""
+        """Count the batch's tokens and loss: before a checkpoint can be written, and not if the batch failed."""
         self.tokens += self._batch_tokens
         self._step_loss = self._step_loss + self._batch_loss
 
     def on_train_start(self) -> None:
-        """Start the clocks; share out the tokens of an earlier part among the ranks, so that their sum stays."""
+        """Start the clocks, and split the tokens counted before a resume across ranks, so that their sum is kept."""
         if self._tokens_before is not None:
             each, rest = divmod(self._tokens_before, self.trainer.world_size)
             self.tokens, self._tokens_before = each + (self.trainer.global_rank < rest), None
@@ -206,17 +205,17 @@ class FinetuningModule(LightningModule):
         self._window = (self.tokens, self._started)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
-        """Log tokens per second of this process, over the steps since the last log, and how far training is."""
+        """Log this process's tokens per second over the steps since the last log, and the progress of training."""
         trainer: Any = self.trainer
-        every = trainer.log_every_n_steps  # 0, as in a bare Trainer: never
+        every = trainer.log_every_n_steps  # 0 means never, as in a bare Trainer
         if every and trainer.global_step % every == 0:
             tokens, since = self._window
             now = time.perf_counter()
             self.log("train/tokens_per_second", (self.tokens - tokens) / (now - since))
             self._window = (self.tokens, now)
-            # of all processes
+            # over all processes
             self.log("progress/tokens", float(self.tokens), sync_dist=True, reduce_fx="sum")
-            self.log("progress/seconds", self._seconds_so_far())  # validations included
+            self.log("progress/seconds", self._seconds_so_far())  # including validations
             if self.device.type == "cuda":
                 self.log("progress/memory_allocated", float(torch.cuda.memory_allocated(self.device)))
                 self.log("progress/memory_reserved", float(torch.cuda.memory_reserved(self.device)))
@@ -230,19 +229,19 @@ class FinetuningModule(LightningModule):
         return self.train_seconds + running
 
     def on_validation_end(self) -> None:
-        """Leave the time of validation out of tokens per second."""
+        """Exclude the time of validations from tokens per second."""
         self._window = (self.tokens, time.perf_counter())
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Return the optimizer over one group for each role, and the scheduler by optimizer step."""
+        """Return the optimizer, with one group per role, and the scheduler, which advances with each optimizer step."""
         self.total_steps = self._total_steps()
         optimizer, scheduler = self.optimization.build(self.model.parameter_roles(), self.total_steps)
-        schedule = {"scheduler": scheduler, "interval": "step", "name": "progress/lr"}  # of what is logged
+        schedule = {"scheduler": scheduler, "interval": "step", "name": "progress/lr"}  # the name in the logs
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _total_steps(self) -> float:
-        # trainer.estimated_stepping_batches would build the loaders before a checkpoint is read, and Lightning
-        # restores the state of those that it builds afterwards alone: a resumed run would read its epoch again.
+        # trainer.estimated_stepping_batches would build the loaders before the checkpoint is read, but Lightning
+        # restores only the state of loaders built afterwards, so a resumed run would repeat its epoch.
         trainer: Any = self.trainer
         if trainer.datamodule is None:
             return trainer.estimated_stepping_batches
@@ -251,7 +250,7 @@ class FinetuningModule(LightningModule):
     # --- evaluation -----------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the last evaluation, also one that was interrupted."""
+        """Forget the last evaluation, even if it was interrupted."""
         self._forget()
 
     on_test_epoch_start = on_validation_epoch_start
@@ -259,20 +258,20 @@ class FinetuningModule(LightningModule):
     def _forget(self) -> None:
         self.predictions = []
         self.loss.reset()
-        self.loss.update(torch.zeros((), device=self.device), 0)  # torchmetrics warns of one without rows
+        self.loss.update(torch.zeros((), device=self.device), 0)  # torchmetrics warns if there is no update
         self._warned = False
 
     def without_numbers(self, scores: Tensor) -> Tensor:  # (b, k) -> (b,)
-        """Return which rows have a NaN among their scores: they count as wrong, as a warning says once."""
+        """Return which rows have NaN among their scores, and warn once that they count as wrong."""
         found = scores.isnan().any(-1)
         if found.any() and not self._warned:
             self._warned = True
-            log.warning("the model's outputs are not numbers (NaN) for some rows, which count as wrong: "
-                        "try model.dtype=float32, or look at what was trained")  # fmt: skip
+            log.warning("the model's outputs are NaN for some rows, which count as wrong: "
+                        "try model.dtype=float32, or check the trained parameters")  # fmt: skip
         return found
 
     def on_validation_epoch_end(self) -> None:
-        """Log the loss, a mean over all targets, and the scores."""
+        """Log the mean loss over all targets, and the scores."""
         self.log(f"{self.prefix}val/loss", self.loss.compute(), sync_dist=True)
         self._log_scores("val")
 
@@ -281,16 +280,16 @@ class FinetuningModule(LightningModule):
         self._log_scores("test")
 
     def _log_scores(self, stage: str) -> None:
-        """Log the scores of an evaluation, none here."""
+        """Log the scores of an evaluation; this base class has none."""
 
     # --- checkpoints ----------------------------------------------------------------------------------------
 
     def state_dict(
         self, *args: Any, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
-        """Return the adapter alone; the base model is never part of a checkpoint.
+        """Return only the adapter's tensors; the base model is never part of a checkpoint.
 
-        ``destination`` and ``prefix`` are those of a module that holds this one, such as Lightning's averages.
+        ``destination`` and ``prefix`` come from a module that contains this one, such as Lightning's weight averages.
         """
         found = {} if destination is None else destination
         found.update(
@@ -301,12 +300,12 @@ class FinetuningModule(LightningModule):
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load the adapter; every tensor must be there, whatever ``strict`` says."""
+        """Load the adapter; every tensor must be present, whatever the value of ``strict``."""
         self.model.load_adapter_state_dict({k.removeprefix("adapter."): v for k, v in state_dict.items()})
-        return nn.Module().load_state_dict({})  # what torch returns where nothing is missing
+        return nn.Module().load_state_dict({})  # torch's result if nothing is missing
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what training has taken so far, of all ranks, and the loss of a step in progress, which they share."""
+        """Add the tokens, time and metrics of training so far, and the loss of a step in progress, over all ranks."""
         tokens = torch.tensor(self.tokens, device=self.device)
         checkpoint["tokens"] = int(self.trainer.strategy.reduce(tokens, reduce_op="sum"))
         checkpoint["train_seconds"] = self._seconds_so_far()
@@ -315,13 +314,13 @@ class FinetuningModule(LightningModule):
         checkpoint["step_loss"] = self.trainer.strategy.reduce(step_loss, reduce_op="mean")
 
     def note_metrics(self) -> dict[str, float]:
-        """Note what training has logged last, and return it; a resumed run has that of its first part, too."""
+        """Record the last logged training metrics and return them; after a resume, earlier ones are included."""
         logged = self.trainer.callback_metrics.items()
         self.train_metrics |= {name: float(value) for name, value in logged if name.startswith("train/")}
         return self.train_metrics
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting; how many ranks share the tokens is known where training starts."""
+        """Restore the counts; tokens are split across ranks when training starts."""
         self._tokens_before = checkpoint["tokens"]
         self.train_seconds, self.train_metrics = checkpoint["train_seconds"], checkpoint["train_metrics"]
         self._step_loss = checkpoint["step_loss"].to(self.device)

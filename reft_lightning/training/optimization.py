@@ -1,4 +1,4 @@
-"""The optimizer, its groups by role, and the learning-rate scheduler."""
+"""The optimizer, its parameter groups by role, and the learning rate scheduler."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .schedules import linear
 
 log = logging.getLogger(__name__)
 
-# What the schedulers of torch, of transformers and of ours call these two numbers.
+# The names of these two numbers in schedulers of torch, of transformers and in ours.
 TOTAL_STEPS = ("total_steps", "num_training_steps", "T_max")
 WARMUP_STEPS = ("warmup_steps", "num_warmup_steps")
 LOSS_REDUCTIONS = ("token_mean", "micro_batch_mean")
@@ -26,22 +26,22 @@ LOSS_REDUCTIONS = ("token_mean", "micro_batch_mean")
 
 @dataclass(frozen=True)
 class Optimization:
-    """Which optimizer and scheduler train; the defaults are the paper's commonsense runs.
+    """The optimizer and the scheduler; the defaults are those of the paper's commonsense runs.
 
     Args:
         lr: learning rate.
-        weight_decay: acts on weights, never on R or biases.
+        weight_decay: applied to weights, never to R or biases.
         head_lr: learning rate of trained heads; None for ``lr``.
-        warmup_ratio: part of all optimizer steps.
-        optimizer: a torch optimizer, given the groups, ``lr`` and ``optimizer_options``.
-        optimizer_options: its further arguments.
-        scheduler: makes a scheduler of an optimizer; the number of all steps and of those of the warm-up are given
-            where it takes them.
-        scheduler_options: its further arguments.
-        loss_reduction: what the loss of a step is, see :mod:`.step_loss`.
+        warmup_ratio: fraction of all optimizer steps used for warm-up.
+        optimizer: a torch optimizer, called with the groups, ``lr`` and ``optimizer_options``.
+        optimizer_options: its additional arguments.
+        scheduler: returns a scheduler for an optimizer; the numbers of total steps and warm-up steps are passed if it
+            takes them.
+        scheduler_options: its additional arguments.
+        loss_reduction: how the loss of a step is computed, see :mod:`.step_loss`.
 
     Raises:
-        ValueError: for a value that cannot train, or an argument that optimizer or scheduler do not take.
+        ValueError: if a value is out of range, or the optimizer or scheduler does not take an argument.
     """
 
     lr: float = 9e-4
@@ -59,27 +59,31 @@ class Optimization:
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be above 0; got {value}")
         if not 0 <= self.warmup_ratio <= 1:
-            raise ValueError(f"warmup_ratio, a part of all steps, must lie in 0..1; got {self.warmup_ratio}")
+            raise ValueError(
+                f"warmup_ratio, a fraction of all steps, must be in 0..1; got {self.warmup_ratio}"
+            )
         if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must be 0 or more; got {self.weight_decay}")
+            raise ValueError(f"weight_decay must be at least 0; got {self.weight_decay}")
         check_choice("loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
-        for name in ("lr", "weight_decay"):  # which each group has
+        for name in ("lr", "weight_decay"):  # set in each group, which overrides options
             if name in self.optimizer_options:
                 raise ValueError(
-                    f"optimizer.options.{name} would not count: write optimizer.{name}={self.optimizer_options[name]}"
+                    f"optimizer.options.{name} would have no effect: set "
+                    f"optimizer.{name}={self.optimizer_options[name]} instead"
                 )
         check_options("optimizer", self.optimizer, self.optimizer_options)
         check_options("scheduler", self.scheduler, self.scheduler_options)
         if self.weight_decay and "weight_decay" not in inspect.signature(self.optimizer).parameters:
             raise ValueError(
-                f"{self.optimizer.__name__} has no weight decay: optimizer.weight_decay must be 0; got "
+                f"{self.optimizer.__name__} does not support weight decay: optimizer.weight_decay must be 0; got "
                 f"{self.weight_decay}"
             )
         if self.warmup_ratio and not self._takes(WARMUP_STEPS):
             raise ValueError(
-                f"{self.scheduler.__name__} has no warm-up: scheduler.warmup_ratio must be 0; got {self.warmup_ratio}"
+                f"{self.scheduler.__name__} does not support warm-up: scheduler.warmup_ratio must be 0; got "
+                f"{self.warmup_ratio}"
             )
-        # what their constructors refuse is said before a run begins
+        # so that errors of their constructors are raised before a run begins
         group = {"name": "weight", "params": [nn.Parameter(torch.zeros(1, 1))], "lr": self.lr}
         self._made([group | {"weight_decay": self.weight_decay}], total_steps=100)
 
@@ -89,10 +93,10 @@ class Optimization:
     def build(
         self, roles: dict[str, list[nn.Parameter]], total_steps: float
     ) -> tuple[torch.optim.Optimizer, Any]:
-        """Return optimizer and scheduler for a run of so many optimizer steps.
+        """Return optimizer and scheduler for a run of ``total_steps`` optimizer steps.
 
         Raises:
-            ValueError: for a run without an end, whose scheduler needs one.
+            ValueError: if the run has no end, but the scheduler needs one.
         """
         groups = parameter_groups(roles, self)
         for group in groups:
@@ -102,10 +106,10 @@ class Optimization:
         return self._made(groups, total_steps)
 
     def check(self, roles: dict[str, list[nn.Parameter]], total_steps: float) -> None:
-        """Refuse what :meth:`build` would refuse, of parameters that hold no numbers yet.
+        """Raise the errors that :meth:`build` would raise, for parameters that have no values yet.
 
         Raises:
-            ValueError: as there.
+            ValueError: as for :meth:`build`.
         """
         alike = {
             role: [nn.Parameter(torch.zeros((), dtype=p.dtype).expand(p.shape)) for p in parameters]
@@ -119,8 +123,8 @@ class Optimization:
         total, warmup = self._takes(TOTAL_STEPS), self._takes(WARMUP_STEPS)
         if math.isinf(total_steps) and (self.warmup_ratio or (total and total not in self.scheduler_options)):
             raise ValueError(
-                f"the scheduler {self.scheduler.__name__} with warmup_ratio={self.warmup_ratio} needs the number of "
-                "steps: set trainer.max_steps or trainer.max_epochs"
+                f"the scheduler {self.scheduler.__name__} with warmup_ratio={self.warmup_ratio} needs the total number "
+                "of steps: set trainer.max_steps or trainer.max_epochs"
             )
         steps = {} if math.isinf(total_steps) else {total: total_steps}
         ahead = {warmup: math.ceil(self.warmup_ratio * total_steps) if self.warmup_ratio else 0}
@@ -128,8 +132,8 @@ class Optimization:
         scheduler = _made("scheduler", self.scheduler, optimizer, **given | dict(self.scheduler_options))
         if isinstance(scheduler, ReduceLROnPlateau):
             raise ValueError(
-                "scheduler: ReduceLROnPlateau waits for a score, and a scheduler is stepped after each optimizer step: "
-                "choose one that needs only the step, such as scheduler=cosine"
+                "scheduler: ReduceLROnPlateau needs a score, but schedulers are stepped after each optimizer step "
+                "without one: choose a scheduler that needs only the step, such as scheduler=cosine"
             )
         return optimizer, scheduler
 
@@ -137,16 +141,16 @@ class Optimization:
 def _made(what: str, target: Callable[..., Any], *args: Any, **options: Any) -> Any:
     try:
         return target(*args, **options)
-    except Exception as error:  # whatever its constructor raises
+    except Exception as error:  # its constructor may raise anything
         listed = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        raise ValueError(f"{what}: {target.__name__}({listed}) cannot be made: {error}") from error
+        raise ValueError(f"{what}: {target.__name__}({listed}) failed: {error}") from error
 
 
 def check_options(what: str, target: Callable[..., Any], options: Mapping[str, Any]) -> None:
     """Reject options that a class or function does not take.
 
     Raises:
-        ValueError: with the nearest that it does.
+        ValueError: if there is such an option; suggests the closest one that it takes.
     """
     parameters = inspect.signature(target).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -155,15 +159,16 @@ def check_options(what: str, target: Callable[..., Any], options: Mapping[str, A
         if name not in parameters:
             taken = ", ".join(list(parameters)[1:])
             raise ValueError(
-                f"{what}.options: {target.__name__} takes no {name!r}{did_you_mean(name, parameters)}\nit takes {taken}"
+                f"{what}.options: {target.__name__} does not take {name!r}{did_you_mean(name, parameters)}\n"
+                f"it takes {taken}"
             )
 
 
 def parameter_groups(roles: dict[str, list[nn.Parameter]], settings: Optimization) -> list[dict[str, Any]]:
-    """Return one group for each role: decay acts on weights, of heads too, never on R or on biases.
+    """Return one group per role; weight decay applies to weights, including those of heads, never to R or biases.
 
-    Decay of R's free parameter would only change its scale, on which R does not depend; under other
-    parametrisations of R it destroys the model (torch's orthogonal map turns to exactly 0).
+    Decay of R's free parameter would only change its scale, which does not affect R. With other parametrisations of R,
+    decay destroys the model (torch's orthogonal map becomes exactly 0).
     """
     roles = dict(roles)
     heads = roles.pop("head", [])

@@ -1,4 +1,4 @@
-"""Callbacks that change, during training, the weight of what interventions add to the loss (``train/penalty``)."""
+"""Callbacks that schedule the weight of the penalties that interventions add to the loss (``train/penalty``)."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor, nn
 
 
 class PenaltySchedule(Callback):
-    """Set the weight before each step; a subclass defines :meth:`weight`. Resuming goes on with it."""
+    """Set the weight before each step; a subclass defines :meth:`weight`. A resumed run continues the schedule."""
 
     def weight(self, step: int, total: float) -> float:
-        """Return the weight at a step of so many."""
+        """Return the weight at a step out of ``total`` steps."""
         raise NotImplementedError(f"{type(self).__name__} must define weight(step, total)")
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Set the weight of the model."""
+        """Set the model's penalty weight."""
         pl_module.model.penalty_weight = self.weight(trainer.global_step, pl_module.total_steps)
 
 
 class LinearPenalty(PenaltySchedule):
-    """From 0 at the first step to 1 at the end: ReFT-r1 (Wu et al. 2025, arXiv:2501.17148), in its code."""
+    """Linear from 0 at the first step to 1 at the end, as in the code of ReFT-r1 (Wu et al. 2025, arXiv:2501.17148)."""
 
     def weight(self, step: int, total: float) -> float:
         """Return step / total."""
@@ -30,25 +30,25 @@ class LinearPenalty(PenaltySchedule):
 
 
 def mean_penalty(model: nn.Module) -> float:
-    """Return the mean of what interventions add to the loss for their parameters, without its weight.
+    """Return the mean penalty of interventions on their parameters, without its weight.
 
     Raises:
-        ValueError: if none does.
+        ValueError: if there is no such penalty.
     """
     found = _penalties(model)
     if not found:
         raise ValueError(
-            "PIDPenalty holds a penalty of parameters at its target, and there is none: set "
-            "intervention=brep (red with options.restraint=1), or leave the callback out"
+            "PIDPenalty holds a penalty on parameters at its target, but the model has none: set "
+            "intervention=brep (red with options.restraint=1), or remove the callback"
         )
     return sum(penalty.item() for penalty in found) / len(found)
 
 
 def has_penalty(model: Any) -> bool:
-    """Whether interventions add to the loss for their parameters; those of a model without weights have no values."""
+    """Return whether interventions have a penalty on their parameters, which may have no values yet."""
     try:
         return bool(_penalties(model))
-    except RuntimeError:  # of one that looks at its values
+    except RuntimeError:  # raised by a penalty that needs the values
         return True
 
 
@@ -58,10 +58,10 @@ def _penalties(model: Any) -> list[Tensor]:
 
 
 class ExponentialPenalty(PenaltySchedule):
-    r"""From ``start`` down, :math:`w = w_0 e^{-r t}`: one of the schedules of JoLA's code (Lai et al. 2025).
+    r"""Exponential decay from ``start``, :math:`w = w_0 e^{-r t}`: a schedule in JoLA's code (Lai et al. 2025).
 
     Args:
-        start: of the weight, at step 0.
+        start: weight at step 0.
         rate: r.
     """
 
@@ -74,26 +74,25 @@ class ExponentialPenalty(PenaltySchedule):
 
 
 class PIDPenalty(PenaltySchedule):
-    r"""Hold the mean penalty of an intervention at a target, by a PID controller of its weight w.
+    r"""Hold the mean penalty of an intervention at a target, with a PID controller of its weight w.
 
     .. math:: w \leftarrow w \big(1 + 5 (k_p e + k_i \textstyle\sum e + k_d \Delta e)\big)
 
-    with the error e of the penalty over the target,
-    every fourth step, within bounds: BREP (Liang et al. 2025, arXiv:2511.10707), with the gains, the interval and the
-    bounds of its code. That code turns the weight of the loss down instead where vectors are too long, which the steps
-    of Adam hardly show.
+    every fourth step and within bounds, where e is the penalty minus the target: BREP (Liang et al. 2025,
+    arXiv:2511.10707), with the gains, the interval and the bounds of its code. If vectors are too long, that code
+    instead reduces the weight of the loss, which hardly affects Adam's steps.
 
     Args:
-        target: of the penalty, a mean over interventions.
-        start: of the weight.
+        target: target of the penalty, which is a mean over interventions.
+        start: initial weight.
         kp: gain of the error.
         ki: gain of its sum.
         kd: gain of its change.
-        lowest: bound of the weight.
-        highest: bound of the weight.
+        lowest: lower bound of the weight.
+        highest: upper bound of the weight.
 
     Raises:
-        ValueError: for bounds that do not hold the start, or are not above 0; in training, without any penalty.
+        ValueError: if the bounds do not contain the start or are not above 0; in training, if there is no penalty.
     """
 
     EVERY, SMOOTHING = 4, 5
@@ -109,29 +108,32 @@ class PIDPenalty(PenaltySchedule):
         highest: float = 1e-1,
     ) -> None:
         if not 0 < lowest <= start <= highest:
-            raise ValueError(f"0 < lowest <= start <= highest must hold; got {lowest}, {start}, {highest}")
+            raise ValueError(
+                "the bounds must satisfy 0 < lowest <= start <= highest; got "
+                f"lowest={lowest}, start={start}, highest={highest}"
+            )
         self.target, self.gains, self.bounds = target, (kp, ki, kd), (lowest, highest)
         self.state = {"weight": start, "sum": 0.0, "error": 0.0, "step": 0}
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse a model without penalties of its parameters."""
+        """Reject a model without penalties on its parameters."""
         mean_penalty(pl_module.model)
 
     def weight(self, step: int, total: float) -> float:
-        """Return the weight as it was last moved."""
+        """Return the weight as of its last update."""
         return self.state["weight"]
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the weight after every fourth step."""
+        """Update the weight after every fourth step."""
         if trainer.global_step >= self.state["step"] + self.EVERY:
             self.move(mean_penalty(pl_module.model))
             self.state["step"] = trainer.global_step
             pl_module.log("train/penalty_weight", self.state["weight"])
 
     def move(self, penalty: float) -> None:
-        """Move the weight by the error of a mean penalty."""
+        """Update the weight according to the error of a mean penalty."""
         kp, ki, kd = self.gains
         error = penalty - self.target
         self.state["sum"] += ki * error
@@ -141,9 +143,9 @@ class PIDPenalty(PenaltySchedule):
         self.state["error"] = error
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run goes on with."""
+        """Return the state from which a resumed run continues."""
         return dict(self.state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with it."""
+        """Restore the state."""
         self.state = dict(state_dict)

@@ -1,4 +1,4 @@
-"""Bars of training and of each evaluation, drawn with :mod:`reft_lightning.terminal.bars`."""
+"""Progress bars for training and each evaluation, drawn with :mod:`reft_lightning.terminal.bars`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..terminal.bars import Bar
 
 
 class RunProgress(ProgressBar):
-    """A bar of all steps of training, and one of each validation and test, which says whose it is."""
+    """One bar over all steps of training, and one for each validation and test, labelled with what is evaluated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class RunProgress(ProgressBar):
         self._evaluation: Bar | None = None
 
     def disable(self) -> None:
-        """Show nothing, as Lightning asks of all ranks but the first."""
+        """Show nothing; Lightning calls this on all ranks except the first."""
         self.shown = False
 
     def enable(self) -> None:
@@ -33,7 +33,7 @@ class RunProgress(ProgressBar):
     # --- training -------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin with the steps of a run that is resumed."""
+        """Open the bar; a resumed run starts at the steps already done."""
         self._training = self._open("training", pl_module.total_steps, trainer.global_step)
 
     def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:

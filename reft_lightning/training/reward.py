@@ -1,4 +1,4 @@
-"""Train and evaluate a reward model: a classifier with one output, which values the chosen answer of a pair more."""
+"""Train and evaluate a reward model: a classifier with one output, higher for the chosen answer of a pair."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .scored_rows import ScoredRowsModule
 
 
 class RewardModule(ScoredRowsModule):
-    """Train by an objective of rewards; evaluate by how often the chosen answer has the higher one.
+    """Train with an objective on rewards; evaluate how often the chosen answer has the higher reward.
 
-    Logged are ``val/loss``, the mean over all pairs, and ``<stage>/<task>/pair_accuracy`` with its mean over tasks.
-    Equal rewards count as wrong.
+    It logs ``val/loss``, the mean over all pairs, and ``<stage>/<task>/pair_accuracy`` with its mean over tasks. Ties
+    count as wrong.
 
     Args:
-        model: an :class:`~reft_lightning.adapters.adapted.AdaptedModel` whose base has one output for each text.
+        model: an :class:`~reft_lightning.adapters.adapted.AdaptedModel` whose base has one output per text.
         data: see :class:`FinetuningModule`.
         optimization: optimizer and schedule.
-        objective: what is minimised.
+        objective: the objective to minimise.
         training_pass: see :class:`FinetuningModule`.
     """
 

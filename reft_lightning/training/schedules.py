@@ -1,8 +1,8 @@
-r"""Learning-rate schedules: a linear warm-up, then the shape, down to 0 at the last step.
+r"""Learning rate schedules: a linear warm-up, followed by a shape f.
 
 .. math:: lr(t) = lr \cdot t / w \;(t < w), \qquad lr \cdot f\big((t - w) / (T - w)\big) \;(t \ge w)
 
-t is the optimizer step, w the steps of the warm-up, T all steps.
+t is the optimizer step, w the number of warm-up steps, and T the total number of steps.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def cosine(optimizer: Optimizer, total_steps: int, warmup_steps: int = 0) -> Lam
 
 
 def constant(optimizer: Optimizer, warmup_steps: int = 0) -> LambdaLR:
-    """Return the schedule with f(x) = 1, which needs no end."""
+    """Return the schedule with f(x) = 1, which does not need the total number of steps."""
     return LambdaLR(optimizer, warmed_up(lambda x: 1.0, math.inf, warmup_steps))
 
 
 def warmed_up(
     shape: Callable[[float], float], total_steps: float, warmup_steps: int
 ) -> Callable[[int], float]:
-    """Return the factor on the learning rate by step."""
+    """Return the factor on the learning rate as a function of the step."""
 
     def factor(step: int) -> float:
         if step < warmup_steps:

@@ -1,4 +1,4 @@
-"""Train by an objective, and evaluate by scores that are means over rows."""
+"""Train with an objective, and evaluate by scores that are means over rows."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .optimization import Optimization
 
 
 class ScoredRowsModule(FinetuningModule):
-    """Log ``<stage>/<task>/<measure>``, and ``<stage>/<measure>``: the mean over tasks, as the paper has it.
+    """Log ``<stage>/<task>/<measure>``, and ``<stage>/<measure>``, the mean over tasks as in the paper.
 
-    The objective is minimised. All tasks have the measures that are given; the progress bar shows the first of them.
+    Training minimises the objective. All tasks have the given measures; the progress bar shows the first of them.
 
     Attributes:
         scores: measure -> task -> sum over rows.
@@ -40,7 +40,7 @@ class ScoredRowsModule(FinetuningModule):
             self._add_measure(measure, (*data.val_tasks, *data.test_tasks))
 
     def loss_of(self, batch: dict[str, Any]) -> Tensor:
-        """Return the loss of the objective."""
+        """Return the objective's loss."""
         return self.objective.loss(self, batch)
 
     def _add_measure(self, measure: str, tasks: Iterable[str]) -> None:
@@ -72,4 +72,4 @@ class ScoredRowsModule(FinetuningModule):
 
 
 def _key(task: str) -> str:
-    return task.replace(".", "_")  # module names may not contain dots
+    return task.replace(".", "_")  # module names must not contain dots

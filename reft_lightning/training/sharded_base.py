@@ -1,12 +1,13 @@
-"""DDP with a frozen base that is divided among the ranks (PyTorch's FSDP2), for a base that no GPU holds alone.
+"""DDP with a frozen base that is sharded across ranks (PyTorch's FSDP2), for a base that does not fit on one GPU.
 
-Each rank keeps a part of every block's frozen weights; a block is gathered when it is run, and let go. What is trained
-(interventions, heads, LoRA) stays whole on every rank and its gradients are averaged as under DDP: it is small, and R
-is orthonormal only as a whole matrix. So losses, checkpoints and adapter files are those of DDP. FSDP2 alone, as in
-Lightning's ``ModelParallelStrategy``, averages no gradient of what it does not shard.
+Each rank keeps a shard of every block's frozen weights; a block is gathered when it runs, and freed afterwards. The
+trained parameters (interventions, heads, LoRA) stay whole on every rank, and their gradients are averaged as in DDP:
+they are small, and R is orthonormal only as a whole matrix. Losses, checkpoints and adapter files are therefore those
+of DDP. FSDP2 alone, as in Lightning's ``ModelParallelStrategy``, does not average gradients of unsharded parameters.
 
-Ranks gather together, so all must run the base equally often. In training they do. An evaluation takes each rank as
-many passes as its rows need; :class:`InStep` lets those that are done earlier take part in the passes of the others.
+Gathering is collective, so all ranks must run the base equally often. In training they do. In an evaluation, each rank
+runs as many passes as its rows need; with :class:`InStep`, ranks that finish early take part in the passes of the
+others.
 """
 
 from __future__ import annotations
@@ -26,26 +27,26 @@ from ..base_models.reading import reading_of
 
 
 class ShardedBase(DDPStrategy):
-    """DDP of what is trained; the frozen weights of the base are sharded block by block. Takes DDP's arguments."""
+    """DDP for trained parameters, with the base's frozen weights sharded block by block. Takes DDP's arguments."""
 
     def model_to_device(self) -> None:
-        """Move a block to the device, keep this rank's part of it, and go on; then move what stays whole."""
+        """Move the base to the device block by block, keeping only this rank's shard; then move what stays whole."""
         module: Any = self.lightning_module
         base = module.model.base_model
         divided = isinstance(base, FSDPModule)
         if not divided:
-            reading_of(base)  # tries a copy of the model, which is whole no more
+            reading_of(base)  # tests a copy of the model, which is not possible once it is sharded
             shard(base, self.root_device, self.world_size)
         frozen = [name for name, parameter in module.named_parameters() if isinstance(parameter, DTensor)]
-        module._ddp_params_and_buffers_to_ignore = frozen  # the name that DDP, and Lightning, look for
+        module._ddp_params_and_buffers_to_ignore = frozen  # the name that DDP and Lightning look for
         super().model_to_device()
         if not divided:
-            # Lightning would move it to the CPU and back, and an error can leave it half gathered
+            # Lightning would move it to the CPU and back, and an error could leave it partly gathered
             keep_in_place(base)
 
 
 def shard(base: Any, device: torch.device, world_size: int) -> None:
-    """Divide the frozen weights of a base among the ranks, a group for each of its blocks and one for the rest."""
+    """Shard the frozen weights of a base across ranks, with one group per block and one for the rest."""
     mesh = init_device_mesh(device.type, (world_size,))
     whole = {parameter for parameter in base.parameters() if parameter.requires_grad}
     lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
@@ -57,7 +58,7 @@ def shard(base: Any, device: torch.device, world_size: int) -> None:
 
 
 class InStep(Callback):
-    """Let all ranks run a sharded base equally often in an evaluation."""
+    """Make all ranks run a sharded base equally often in an evaluation."""
 
     def __init__(self) -> None:
         self._hooks: list[Any] = []
@@ -65,7 +66,7 @@ class InStep(Callback):
     def _begin(self, trainer: Trainer, pl_module: Any) -> None:
         self._end()
         base = pl_module.model.base_model
-        # before FSDP2's own hook, which gathers: what waits asks first, too
+        # before FSDP2's own hook, which gathers, because waiting ranks also check before they run
         self._hooks.append(base.register_forward_pre_hook(_reads, prepend=True))
 
     def _end(self) -> None:
@@ -74,7 +75,7 @@ class InStep(Callback):
         self._hooks = []
 
     def _wait(self, trainer: Trainer, pl_module: Any) -> None:
-        """Run the base as long as another rank does."""
+        """Keep running the base while another rank still does."""
         self._end()
         base = pl_module.model.base_model
         token = torch.zeros(1, 1, dtype=torch.long, device=pl_module.device)
@@ -82,7 +83,7 @@ class InStep(Callback):
             base(input_ids=token, attention_mask=torch.ones_like(token))
 
     on_validation_start = on_test_start = _begin
-    on_validation_epoch_end = on_test_epoch_end = _wait  # called before the module adds up its scores
+    on_validation_epoch_end = on_test_epoch_end = _wait  # called before the module computes its scores
 
 
 def _reads(base: Any, inputs: Any) -> None:

@@ -1,15 +1,15 @@
-r"""The loss of an optimizer step: a mean over all its targets, however they are divided into batches.
+r"""The loss of an optimizer step: the mean over all its targets, however they are divided into batches.
 
 .. math:: L = \frac{1}{N} \sum_m n_m \ell_m, \qquad N = \sum_m n_m
 
-m are the batches of the step: A accumulated ones on each of W ranks. A batch has n targets (the target tokens of a
-language model, the rows of a classifier) and the mean loss l. Lightning divides each loss by A, and averages gradients
-over the ranks: a batch's loss is therefore weighted by A W n / N. N is known before the step begins, because the order
-of an epoch is; so nothing is summed over ranks, gradients have their usual size in every precision, and clipping sees
-those of the mean. With one batch a step the weight is exactly 1.
+m runs over the batches of the step: A accumulated batches on each of W ranks. A batch has n targets (the target tokens
+of a language model, or the rows of a classifier) and the mean loss l. Lightning divides each loss by A and averages
+gradients over ranks, so a batch's loss is weighted by A W n / N. N is known before the step begins, because the order
+of an epoch is known. Therefore nothing needs to be summed over ranks, gradients keep their usual magnitude in every
+precision, and clipping applies to the gradients of the mean. With one batch per step the weight is exactly 1.
 
-``micro_batch_mean`` weights every batch by 1, as Hugging Face's Trainer did for the authors: tokens of short targets
-count more, and a shorter last step counts less.
+``micro_batch_mean`` weights every batch by 1, as in the version of Hugging Face's Trainer that the authors used: tokens
+of short targets then count more, and a shorter last step counts less.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Part(NamedTuple):
     """A batch's part in its optimizer step.
 
     Args:
-        share: n / N, of the step's targets.
-        weight: A W n / N, of its loss.
-        first: whether it begins the step.
-        last: whether it ends it.
+        share: its share of the step's targets, n / N.
+        weight: the weight of its loss, A W n / N.
+        first: whether it is the first batch of the step.
+        last: whether it is the last batch of the step.
     """
 
     share: float
@@ -34,21 +34,21 @@ class Part(NamedTuple):
 
 
 def part_of(trainer: Any, batch_index: int, reduction: str) -> Part:
-    """Return the part of a batch of the present epoch, on this rank.
+    """Return the part of a batch of the current epoch in its step, on this rank.
 
     Args:
-        trainer: in training; its loader reads :class:`~reft_lightning.data.sampling.TrainBatches`.
-        batch_index: of the batch in the epoch.
+        trainer: a trainer in training, whose loader reads :class:`~reft_lightning.data.sampling.TrainBatches`.
+        batch_index: index of the batch in the epoch.
         reduction: ``token_mean`` or ``micro_batch_mean``.
 
     Raises:
-        ValueError: for ``token_mean`` with a loader that cannot tell the targets of a step ahead.
+        ValueError: for ``token_mean`` with a loader that does not know the targets of a step in advance.
     """
     accumulated, world_size = trainer.accumulate_grad_batches, trainer.world_size
     if accumulated * world_size == 1:
         return Part(1.0, 1.0, first=True, last=True)
     start = batch_index // accumulated * accumulated
-    # Lightning steps at an epoch's last batch
+    # Lightning also steps at the last batch of an epoch
     end = min(start + accumulated, int(trainer.num_training_batches))
     sampler: Any = getattr(trainer.train_dataloader, "batch_sampler", None)
     if hasattr(sampler, "targets_of"):
@@ -58,8 +58,8 @@ def part_of(trainer: Any, batch_index: int, reduction: str) -> Part:
         share = 1 / ((end - start) * world_size)
     else:
         raise ValueError(
-            "with accumulated batches or several devices, loss_reduction=token_mean needs to know the targets of a "
-            "step ahead: give a loader whose batch_sampler has targets_of, such as "
-            "reft_lightning.data.sampling.TrainBatches, or loss_reduction=micro_batch_mean"
+            "with accumulated batches or several devices, loss_reduction=token_mean needs the number of targets of a "
+            "step in advance: use a loader whose batch_sampler has targets_of, such as "
+            "reft_lightning.data.sampling.TrainBatches, or set loss_reduction=micro_batch_mean"
         )
     return Part(share, share * accumulated * world_size, batch_index == start, batch_index + 1 == end)

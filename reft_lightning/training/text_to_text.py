@@ -1,4 +1,4 @@
-"""Train and evaluate a model with an encoder and a decoder by what it writes."""
+"""Train an encoder-decoder model and evaluate it by the texts it writes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .generation import GenerationModule
 
 
 class TextToTextModule(GenerationModule):
-    """As :class:`GenerationModule`, with prompts and targets that are texts of their own."""
+    """:class:`GenerationModule` for prompts and targets that are separate texts."""
 
     def check_reads(self, model: AdaptedModel) -> None:
-        """Take every model: the encoder reads no answers."""
+        """Accept every model, because the encoder does not read answers."""
 
     def tokens_in(self, batch: dict[str, Any]) -> int:
-        """Return how many tokens a batch holds, those of its targets too."""
+        """Return the number of tokens in a batch, including those of its targets."""
         return super().tokens_in(batch) + int((batch["labels"] != -100).sum())
 
     def option_batches(self, examples: list[Example]) -> list[dict[str, Any]]:
@@ -28,7 +28,7 @@ class TextToTextModule(GenerationModule):
         return option_batches(self.tokenizer, examples, self.max_length, two_texts=True)
 
     def reader(self) -> None:
-        """Share nothing: each pass reads its prompts."""
+        """Return None, because each pass reads its prompts itself."""
 
     def log_likelihood(self, batch: dict[str, Any], reader: None) -> Tensor:  # -> (b,)
         """Return the log-likelihood of the targets."""
@@ -37,7 +37,7 @@ class TextToTextModule(GenerationModule):
     def drafted(
         self, batch: dict[str, Any], batches: list[dict[str, Any]], choice: list[int]
     ) -> dict[str, Any]:
-        """Return the batch: drafts are not checked."""
+        """Return the batch unchanged, because drafts are not checked."""
         return batch
 
     def texts(self, batch: dict[str, Any], decoding: Decoding, reader: None) -> list[list[str]]:

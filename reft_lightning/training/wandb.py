@@ -1,7 +1,7 @@
-"""What W&B shows of a run: curves in sections, predictions next to the base's, alerts, the results, the adapter.
+"""W&B reports: curves in sections, predictions next to those of the base, alerts, results, and the adapter.
 
-Sections are the first parts of names: ``train/``, ``val/``, ``test/``, ``base/`` (the frozen base), ``progress/``
-(tokens, seconds, memory, learning rates) and ``edit/``, which is kept for what a callback measures of interventions.
+The prefix of a name is its section: ``train/``, ``val/``, ``test/``, ``base/`` (the frozen base), ``progress/``
+(tokens, seconds, memory, learning rates) and ``edit/``, which is reserved for callbacks that measure interventions.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from .best_checkpoint import LOSS, BestCheckpoint
 
 log = logging.getLogger(__name__)
 
-STEP = "trainer/global_step"  # the axis of every curve, Lightning's
-TABLE_ROWS = {"val": 100, "test": 1000}  # predictions in a table; those of a validation are logged every time
-COMPARED = ("generated", "answer", "option", "correct")  # of a row, adapter next to base
-# what the metadata of an adapter's artifact takes from results.json
+STEP = "trainer/global_step"  # Lightning's name for the x-axis of every curve
+TABLE_ROWS = {"val": 100, "test": 1000}  # predictions per table; validations are logged every time
+COMPARED = ("generated", "answer", "option", "correct")  # columns shown for both the adapter and the base
+# entries of results.json that are copied to the metadata of an adapter's artifact
 LINEAGE = (
     "method", "model", "seed", "config_hash", "git_commit", "trainable_parameters", "best_step", "data_versions"
 )  # fmt: skip
-WINDOW = 10  # logged losses
-DIVERGED = 1.5  # times the loss with which training began
+WINDOW = 10  # number of logged losses to average
+DIVERGED = 1.5  # alert if the loss exceeds this multiple of the initial loss
 
 Row = dict[str, Any]
 
 
 class WandbReport(Callback):
-    """Log predictions as tables, note the best validation, and alert where training fails; used where W&B is.
+    """Log predictions as tables, record the best validation, and alert if training fails; used together with W&B.
 
     Args:
-        folder: of the run; the predictions of the frozen base are read from it, where it was evaluated.
+        folder: the run folder, from which the predictions of the frozen base are read if it was evaluated.
         monitor: the validation score that decides.
         mode: ``max`` or ``min``.
     """
@@ -52,7 +52,7 @@ class WandbReport(Callback):
         self._step, self._diverged = 0, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the summary hold the best validation, and not the last."""
+        """Make the summary show the best validation, not the last."""
         for run in _runs(trainer):
             for name, best in self.summaries.items():
                 run.define_metric(name, step_metric=STEP, summary=best)
@@ -60,7 +60,7 @@ class WandbReport(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Alert once where losses stay above those with which training began."""
+        """Alert once if the losses stay above those at the beginning of training."""
         step, every = trainer.global_step, cast(Any, trainer).log_every_n_steps
         loss = trainer.callback_metrics.get("train/loss")
         if self._diverged or loss is None or step == self._step or step % every:
@@ -71,27 +71,27 @@ class WandbReport(Callback):
         self._diverged = len(self._losses) >= 2 * WINDOW and fmean(last) > DIVERGED * fmean(first)
         if self._diverged:
             text = (
-                f"step {step}: the loss is {fmean(last):.4g} on average over the last {WINDOW} that were logged, and "
-                f"was {fmean(first):.4g} over the first {WINDOW}: lower optimizer.lr"
+                f"step {step}: the average loss is {fmean(last):.4g} over the last {WINDOW} logged steps, but was "
+                f"{fmean(first):.4g} over the first {WINDOW}: lower optimizer.lr"
             )
             self._alert(trainer, "training diverges", text, "WARN")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log rows of the validation; alert where its loss is not a number."""
+        """Log rows of the validation; alert if its loss is NaN."""
         self._table(trainer, pl_module, "val")
         if math.isnan(trainer.callback_metrics.get(LOSS, 0.0)):
-            self._alert(trainer, "NaN", f"step {trainer.global_step}: {LOSS} is not a number", "ERROR")
+            self._alert(trainer, "NaN", f"step {trainer.global_step}: {LOSS} is NaN", "ERROR")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log rows of the test."""
         self._table(trainer, pl_module, "test")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the step of the best validation."""
+        """Record the step of the best validation."""
         self._note_best(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Note the step of the best validation so far; alert where numbers are no longer finite."""
+        """Record the step of the best validation so far; alert if numbers are no longer finite."""
         self._note_best(trainer)
         if isinstance(exception, FloatingPointError):
             self._alert(trainer, "NaN", str(exception), "ERROR")
@@ -103,7 +103,7 @@ class WandbReport(Callback):
                     run.summary.update({"best_step": checkpoint.best.step, **self._bests(checkpoint)})
 
     def _bests(self, checkpoint: BestCheckpoint) -> dict[str, dict[str, float]]:
-        """Return the best values over all parts of a run: of a resumed one, W&B's own summary knows the last part."""
+        """Return the best values over the whole run; after a resume, W&B's own summary covers only the last part."""
         found = {}
         for name, mode in self.summaries.items():
             values = [v.loss if name == LOSS else v.score for v in checkpoint.validations]
@@ -117,16 +117,15 @@ class WandbReport(Callback):
                 run.alert(title, text, level)
 
     def _table(self, trainer: Trainer, module: Any, stage: str) -> None:
-        """Log predictions; those of the base are columns of the adapter's table, and no table of their own."""
+        """Log predictions; those of the base are columns in the adapter's table, not a separate table."""
         if trainer.sanity_checking or module.prefix:
             return
         compared = with_base(module.predictions, self._base_rows(stage))
-        rows = [row for row in compared if row.keys() & {*COMPARED}]  # of others only the loss is known
+        rows = [row for row in compared if row.keys() & {*COMPARED}]  # for other rows only the loss is known
         if not rows:
             return
-        shown = rows[
-            :: math.ceil(len(rows) / TABLE_ROWS[stage])
-        ]  # some of every task: rows come task by task
+        # rows are ordered by task, so each task is represented
+        shown = rows[:: math.ceil(len(rows) / TABLE_ROWS[stage])]
         columns = list(dict.fromkeys(name for row in shown for name in row))
         data = [[_cell(row.get(name)) for name in columns] for row in shown]
         with _warning_of(f"the table {stage}/predictions"):
@@ -142,7 +141,7 @@ class WandbReport(Callback):
 
 
 def with_base(rows: Sequence[Row], base: Mapping[Key, Mapping[str, Any]]) -> list[Row]:
-    """Return the columns of a table: what the adapter answers, where the base is known its answer, and ``changed``."""
+    """Return the rows of a table: the adapter's answers and, where known, those of the base, with ``changed``."""
     shown = []
     for key, row in keyed(rows):
         row = {name: value for name, value in row.items() if name not in ("scores", "target_tokens")}
@@ -157,15 +156,15 @@ def with_base(rows: Sequence[Row], base: Mapping[Key, Mapping[str, Any]]) -> lis
 
 @contextmanager
 def _warning_of(what: str) -> Iterator[None]:
-    """Let a run go on where W&B, or the network, fails: its folder holds everything."""
+    """Log a warning if W&B or the network fails, so that the run continues; its folder contains everything."""
     try:
         yield
     except Exception as error:
-        log.warning("W&B could not take %s: %s: %s", what, type(error).__name__, error)
+        log.warning("could not send %s to W&B: %s: %s", what, type(error).__name__, error)
 
 
 def _cell(value: Any) -> Any:
-    """Return what W&B can sort and filter: numbers and truth values as they are, everything else as text."""
+    """Return a value that W&B can sort and filter: numbers and booleans as is, everything else as text."""
     return value if value is None or isinstance(value, bool | int | float) else str(value)
 
 
@@ -174,39 +173,39 @@ def _runs(trainer: Trainer) -> list[Any]:
 
 
 def wandb_runs(loggers: Sequence[Logger]) -> list[Any]:
-    """Return the W&B runs of some loggers, in the first process."""
+    """Return the W&B runs of the given loggers, in the first process."""
     return [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
 
 
 def finish_wandb(
     loggers: Sequence[Logger], results: Mapping[str, Any], adapter: Path | None = None, exit_code: int = 0
 ) -> None:
-    """Write the results into the W&B summary, file the adapter and the data it saw, and close the run.
+    """Write the results to the W&B summary, log the adapter and its data as artifacts, and finish the run.
 
-    What fails there is a warning: the run folder holds everything.
+    Failures are logged as warnings, because the run folder contains everything.
 
     Args:
-        loggers: of the first process; W&B's may be among them.
+        loggers: the loggers of the first process, with or without W&B's.
         results: contents of ``results.json``.
-        adapter: its folder, or None not to upload it.
-        exit_code: 0 for a run that ended as it should; 128 and the signal's number where it was told to stop.
+        adapter: the adapter's folder; None to not upload it.
+        exit_code: 0 for a run that completed; 128 plus the signal number if it was stopped by a signal.
     """
     with _warning_of("the end of the run"):
         for run in wandb_runs(loggers):
             with _warning_of("the results"):
                 run.summary.update(summary_of(results))
                 if adapter is not None:
-                    if not run.offline:  # W&B keeps no inputs of a run that is
+                    if not run.offline:  # W&B does not record the inputs of offline runs
                         run.use_artifact(data_artifact(results))
                     run.log_artifact(adapter_artifact(results, adapter, run.id))
             run.finish(exit_code)
 
 
 def summary_of(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the numbers and words of ``results.json``, flat, as W&B's columns.
+    """Return the numbers and texts of ``results.json`` as flat columns for W&B.
 
-    ``status`` tells a run that was told to stop, ``killed``, from one that ``failed``. The validation scores of the
-    checkpoint that counts are under ``final/``, as those under ``val/`` are of the curve.
+    ``status`` is ``killed`` for a run stopped by a signal and ``failed`` for one that ended with an error. Validation
+    scores of the selected checkpoint are under ``final/``, because ``val/`` contains those of the curve.
     """
     found = {name: value for name, value in results.items() if isinstance(value, str | int | float)}
     for name, value in results.get("metrics", {}).items():
@@ -217,7 +216,7 @@ def summary_of(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def adapter_artifact(results: Mapping[str, Any], folder: Path, run: str) -> Any:
-    """Return the adapter as a W&B artifact, with where it comes from: run, base model, configuration, data."""
+    """Return the adapter as a W&B artifact, with its origin: run, base model, configuration, data."""
     import wandb
 
     facts = {name: results.get(name) for name in LINEAGE}
@@ -228,7 +227,7 @@ def adapter_artifact(results: Mapping[str, Any], folder: Path, run: str) -> Any:
 
 
 def data_artifact(results: Mapping[str, Any]) -> Any:
-    """Return the data as a W&B artifact: its fingerprints, by which W&B knows it again, and no rows."""
+    """Return the data as a W&B artifact: only its fingerprints, by which W&B recognises it, not the rows."""
     import wandb
 
     versions = results["data_versions"]

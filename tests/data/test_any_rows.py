@@ -1,4 +1,4 @@
-"""Whatever rows a file holds: one message that names the file, or every row is trained, validated on or counted."""
+"""Whatever a file contains, there is one message that names it, or every row is trained on, validated on or counted."""
 
 import csv
 import io
@@ -38,7 +38,7 @@ def as_list(rows):
 
 @st.composite
 def files(draw):
-    """Draw (name, bytes, rows): of whole rows, or damaged."""
+    """Draw (name, bytes, rows) of a valid or damaged file."""
     ending, write = draw(st.sampled_from([("csv", as_csv), ("jsonl", as_lines), ("json", as_list)]))
     rows = draw(ROWS)
     content = write(rows)

@@ -73,7 +73,7 @@ class TestEncode:
         assert tokenizer.decode(rows[0].prompt_ids) == "<s>" + "x" * 5 + "why?\n"
         assert tokenizer.decode(rows[0].target_ids) == "here</s>"
         assert (len(rows[0]), rows[0].cut_prompt, rows[1].cut_prompt) == (16, 95, 0)
-        assert "1 of 2 test rows: prompt truncated on the left to 16 tokens" in caplog.text
+        assert "1 of 2 test rows: prompt truncated on the left to fit 16 tokens" in caplog.text
 
     def test_a_batch_of_long_prompts_has_a_finite_loss_D49(self, tokenizer):
         model = LlamaForCausalLM(tiny_config())
@@ -107,7 +107,7 @@ class TestEncode:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
         rows = encode_all(tokenizer, [make(prompt="p", target=text) for text in ("\ufffd", "p")], 16)
         assert [row.target_ids for row in (rows[0], rows[1])] == [[1], [0, 1]]
-        assert "1 of 2 rows: the tokenizer makes no token of the target but eos" in caplog.text
+        assert "1 of 2 rows: the target has no tokens except eos" in caplog.text
 
     def test_a_tokenizer_without_eos_is_refused(self, tokenizer):
         tokenizer.eos_token = None
@@ -212,14 +212,14 @@ class TestLayout:
         assert cut["labels"].shape == (3, cut["logits_to_keep"])
         assert (cut["labels"][:, 0] == -100).all()
         torch.testing.assert_close(loss(model, cut), loss(model, batch))
-        assert batch["labels"].shape == batch["input_ids"].shape  # the batch itself is as it was
+        assert batch["labels"].shape == batch["input_ids"].shape  # the batch itself is unchanged
 
     def test_a_batch_names_its_rows(self, rows, tokenizer):
         kept = encode_all(tokenizer, [row.example for row in rows], 64)
         batch = Collator(0)([kept[2], kept[0]])
         assert (batch["rows"].tolist(), batch["rows"].dtype) == ([2, 0], torch.int64)
         assert Collator(0)(rows)["rows"].tolist() == [-1, -1, -1]  # of no split
-        assert kept[2] == rows[2]  # the number is no part of what a row says
+        assert kept[2] == rows[2]  # the row index does not affect equality
 
     def test_a_missing_pad_token_is_refused(self):
         with pytest.raises(ValueError, match="no pad token"):

@@ -1,4 +1,4 @@
-"""Encoded rows in several processes and from files: the same rows as in this process, never stale, never damaged."""
+"""Rows encoded in several processes or read from files are the same as in this process, never stale or damaged."""
 
 import io
 import json
@@ -26,13 +26,13 @@ from reft_lightning.data.rows import DataSource
 from reft_lightning.data.texts import EncodedTexts
 from reft_lightning.data.tokenizer_digest import tokenizer_digest
 
-# Python 3.12 warns of forks next to other threads, which the libraries have
+# Python 3.12 warns about forking in a process with threads, which the libraries start
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A cache of the test's own, where few rows are many."""
+    """A separate cache for the test, with a low threshold for large sets."""
     monkeypatch.setenv("REFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(prepared, "SMALL", 4)
     monkeypatch.setattr(prepared, "CHUNK", 3)
@@ -146,7 +146,7 @@ class TestRows:
 
     def test_processes_say_nothing_and_the_environment_is_as_it_was(self, monkeypatch, capfd):
         monkeypatch.setattr(prepared, "processes_for", lambda rows: 2)
-        byte_tokenizer()(["a", "b"] * 9)  # has threads from then on, of which a fork would warn
+        byte_tokenizer()(["a", "b"] * 9)  # starts threads, and a later fork would warn about them
         for value in ("true", None):
             monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
             if value:
@@ -157,7 +157,7 @@ class TestRows:
 
 
 def lengths_of(columns, log=None):
-    """Return the length of texts, and note the call in a file."""
+    """Return the lengths of texts, and record the call in a file."""
     if log is not None:
         with open(log, "a", encoding="utf-8") as file:
             file.write("x")
@@ -249,7 +249,7 @@ class TestFiles:
         assert (cache / name).read_bytes() != before
         log = tmp_path / "calls"
         check(run(log))
-        assert "is damaged and is made again" in caplog.text
+        assert "is damaged and will be rebuilt" in caplog.text
         assert log.read_text() == "xx"
         with np.load(cache / name) as again, np.load(io.BytesIO(before)) as first:
             assert {n: a.tolist() for n, a in again.items()} == {n: a.tolist() for n, a in first.items()}
@@ -292,7 +292,7 @@ class TestFiles:
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("REFT_CACHE", str(tmp_path / "file"))
         check(run())
-        assert "$REFT_CACHE names another folder" in caplog.text
+        assert "set $REFT_CACHE to another folder" in caplog.text
 
     def test_of_two_processes_one_computes_and_both_have_the_rows(self, cache, tmp_path):
         log = tmp_path / "calls"
@@ -335,7 +335,7 @@ def changed(**changes):
 
 
 class TestNames:
-    """What the ids depend on is part of the name of their folder; what they do not depend on is not."""
+    """Everything that the ids depend on, and nothing else, is part of the file name."""
 
     @pytest.mark.parametrize(
         "tokenizer",

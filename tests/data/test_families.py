@@ -1,4 +1,4 @@
-"""What every benchmark family keeps to, and one's own family as the README shows it."""
+"""Rules for every benchmark family, and a custom family as shown in the README."""
 
 import json
 import re
@@ -78,7 +78,7 @@ def test_an_unknown_family_names_the_nearest():
     [
         ("nowhere.FAMILY", "cannot import.*nowhere"),
         ("json.NONE", "cannot import"),
-        ("json.loads", "not a Family"),
+        ("json.loads", "must be a Family"),
     ],
 )
 def test_a_path_that_leads_to_no_family_says_so(name, message):
@@ -111,7 +111,7 @@ def test_a_tasks_test_rows_that_lie_elsewhere_are_asked_for_before_anything_is_r
     settings = compose.compose(
         ["model=tiny_random", "data=arithmetic", "data.source=hub", "data.tasks=[gsm8k,mawps]"]
     )
-    with pytest.raises(experiment.SetupError, match=r"mawps has no test rows in source hub, but in local"):
+    with pytest.raises(experiment.SetupError, match=r"mawps has no test rows in source hub, only in local"):
         experiment.run(settings, tmp_path)
 
 
@@ -183,7 +183,7 @@ def test_missing_test_rows_are_found_before_training(tmp_path):
         (
             {"m": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"},
                    {"role": "assistant", "content": "c"}]},
-            r"held\.jsonl, line 2: template plain has no place for the 1 earlier turns",
+            r"held\.jsonl, line 2: template plain has no place for earlier turns of a conversation",
         ),
     ],
     ids=["no answer", "no column", "no object", "a turn that the template refuses"],
@@ -214,7 +214,7 @@ def test_a_bad_test_row_is_found_before_training(tmp_path, row, message):
 def test_a_classifier_has_one_task(tasks, tmp_path):
     settings = compose.compose(["model=tiny_random", "data=glue_rte", f"data.tasks={tasks}"])
     with pytest.raises(
-        experiment.SetupError, match=r"glue is trained one task a run: give data\.tasks one of cola, sst2"
+        experiment.SetupError, match=r"glue trains one task per run: data\.tasks must be one of cola, sst2"
     ):
         experiment.run(settings, tmp_path)
 

@@ -46,7 +46,7 @@ def prompts(rows):
 
 
 def brings_validation(folder, *names):
-    """A family of tasks a and b, of which the named ones have validation rows of their own."""
+    """A family of tasks a and b, where the given tasks have validation rows of their own."""
 
     def example(row):
         return Example(row["task"], row["q"], "x", "x")
@@ -88,7 +88,7 @@ class TestSplits:
         data = make(tasks=["winogrande"], source=ORIGINAL, validation_size=4)
         validation = set(prompts(data._validation[data.val_tasks[0]]))
         counts = Counter(prompts(data.train_rows))
-        assert max(counts.values()) > 1  # the repetitions of train rows stay, as in the authors' mixture
+        assert max(counts.values()) > 1  # repeated train rows are kept, as in the authors' mixture
         assert not validation & set(counts)
 
     def test_each_task_gives_its_share(self):
@@ -120,7 +120,7 @@ class TestSplits:
         assert set(small) < set(large)
         assert small == sorted(small, key=toy(50).index)
         assert subset(toy(5), None, 3) == toy(5)
-        with pytest.raises(ValueError, match="1 or more"):
+        with pytest.raises(ValueError, match="at least 1"):
             subset(toy(5), 0, 3)
 
     def test_limit_validation_stays_stratified(self):
@@ -148,7 +148,7 @@ class TestSplits:
             eval_batch_size=2, validation_size=3,
         )  # fmt: skip
         with pytest.raises(
-            ValueError, match=r"tasks with and without validation rows in source local: .* of b"
+            ValueError, match=r"tasks with and without validation rows in source local; these have none: b"
         ):
             data.setup("fit")
 
@@ -163,9 +163,9 @@ class TestSplits:
         assert data.val_tasks == ("mixture",)
         assert len(data.train_rows) == 32 - 8
         options = Counter(e.options for e in data._validation["mixture"].examples)
-        assert len(options) == 6  # true/false, solution, answer1-3, ending, option, answer1-4: all are there
+        assert len(options) == 6  # true/false, solution, answer1-3, ending, option and answer1-4 all occur
 
-    # whatever training or a score reads: the answer that a pair rejects, what is ranked, what counts as right
+    # everything that training or scoring reads: the rejected answer of a pair, the ranked options, the gold answers
     @pytest.mark.parametrize(
         "changed",
         [
@@ -279,7 +279,7 @@ class TestTrainBatches:
         assert all(batch for batches in ranks for batch in batches)
         seen = Counter(i for batches in ranks for batch in batches for i in batch)
         assert set(seen) == set(range(1003))
-        assert sum(seen.values()) - 1003 < world  # at most the filling of the last batch is read twice
+        assert sum(seen.values()) - 1003 < world  # only rows that fill up the last batch are read twice
 
     def test_two_ranks_see_the_steps_of_one(self):
         one = self.make(batch_size=16).batches(5)
@@ -357,7 +357,7 @@ class TestLoaders:
         assert [batch["rows"].tolist() for batch in again] == [batch["rows"].tolist() for batch in rest]
 
     def test_lightning_cannot_divide_the_rows_of_a_rank_once_more(self):
-        """It does so unless a Trainer is told `use_distributed_sampler=False`, which its error says."""
+        """It does so unless the Trainer has `use_distributed_sampler=False`, as its error says."""
         data = make()
         for loader in (data.train_dataloader(), data.val_dataloader()[0], data.test_dataloader()[0]):
             with pytest.raises(TypeError, match="use_distributed_sampler=False"):
@@ -390,7 +390,7 @@ class TestLoaders:
 
 
 def read_as_rank(rank, store, folder):
-    """Run in a process of its own: read an epoch and a test split as one of two ranks."""
+    """Read an epoch and a test split as one of two ranks, in a separate process."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     data = make(batch_size=2, limit_train=23)
     steps = [b["input_ids"][b["prompt_mask"]].tolist() for b in data.train_dataloader()]
@@ -412,7 +412,7 @@ def test_two_processes_share_an_epoch_and_a_test_split_D69(tmp_path):
 
 
 class Recorder(pl.LightningModule):
-    """Learns one number from each batch and writes down what it saw."""
+    """Learns one number from each batch and records what it saw."""
 
     def __init__(self, stop_at=None):
         super().__init__()
@@ -465,13 +465,13 @@ def whole(tmp_path_factory):
 
 
 class TestResume:
-    """8 batches an epoch; other frameworks replay them (D69)."""
+    """8 batches per epoch; other frameworks replay them (D69)."""
 
     rows: ClassVar = {"limit_train": 30}
 
     @pytest.mark.parametrize(
         ("step", "before", "after"),
-        [  # inside an epoch, at its end, inside the next; processes that read rows
+        [  # within an epoch, at its end, within the next; the number of workers before and after
             (3, 0, 0), (8, 0, 0), (11, 0, 0), (3, 2, 0), (11, 1, 2), pytest.param(8, 2, 2, marks=pytest.mark.slow),
             pytest.param(21, 2, 2, marks=pytest.mark.slow),
         ],
@@ -486,7 +486,7 @@ class TestResume:
 
     @pytest.mark.parametrize("step", [5, 6])
     def test_after_an_epoch_that_was_cut_short_comes_the_next(self, tmp_path, step):
-        """5 of 8 batches an epoch."""
+        """Uses 5 of 8 batches per epoch."""
         cut, whole = {"max_epochs": 2, "limit_train_batches": 5}, Recorder()
         trainer(tmp_path / "whole", **cut).fit(whole, datamodule=make(**self.rows))
         assert resumed(tmp_path, step, self.rows, self.rows, **cut)[0] == whole.seen
@@ -502,7 +502,7 @@ class TestResume:
         assert first.seen + second.seen == whole.seen
 
     def test_other_data_or_batches_cannot_resume_inside_an_epoch(self, tmp_path):
-        words = r"cannot resume inside an epoch: rows was 30 in the checkpoint and is 20 now"
+        words = r"cannot resume within an epoch: rows was 30 in the checkpoint and is 20 now"
         with pytest.raises(ValueError, match=words):
             resumed(tmp_path, 3, self.rows, {"limit_train": 20})
 

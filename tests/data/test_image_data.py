@@ -1,4 +1,4 @@
-"""What processors of other models make of a batch, and that the models read it: without any of their weights."""
+"""Batches from the processors of other models, which their models can read; no weights are needed."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from reft_lightning.data.pictures import Picture
 from reft_lightning.evaluation import ColumnReader, Decoding, generate, log_likelihood
 from reft_lightning.training.objectives.base import inputs_of
 
-# PaliGemma's processor makes arrays of tensors, in an older way of numpy's
+# PaliGemma's processor converts tensors to arrays in a way that numpy has deprecated
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"
 )
@@ -37,9 +37,9 @@ def picture(folder, i):
 
 def test_rows_with_and_without_pictures_are_read_as_alone(seeing, tmp_path):
     name, processor, base = seeing
-    counts = [1, 2, 1] if name == "paligemma" else [1, 0, 2]  # its processor takes no text without a picture
+    counts = [1, 2, 1] if name == "paligemma" else [1, 0, 2]  # its processor requires a picture
     mark = processor.image_token
-    if name == "qwen2_vl":  # as its chat template has it
+    if name == "qwen2_vl":  # as in its chat template
         mark = f"<|vision_start|>{mark}<|vision_end|>"
     examples = [
         Example(
@@ -88,13 +88,13 @@ def test_what_a_processor_refuses_is_named_by_its_row():
 
     example = Example("vision", "what?", "red", "red", pictures=(), source="train.jsonl, line 3")
     with pytest.raises(
-        ValueError, match=r"train\.jsonl, line 3: Strict refuses the row: no picture in 'what\?'"
+        ValueError, match=r"train\.jsonl, line 3: Strict rejects the row: no picture in 'what\?'"
     ):
         processed(Strict(), example)
 
 
 def test_an_answer_has_one_blank_before_it_where_the_tokenizer_puts_one_before_every_text(tmp_path):
-    """Llama's and so LLaVA's: its own answers begin with one blank, an answer alone would begin with two."""
+    """With Llama's and LLaVA's tokenizer, answers begin with one blank; encoded separately, with two."""
     processor, _ = vision_models.idefics3()
     blank = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     processor.tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(blank)

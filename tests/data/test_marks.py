@@ -1,4 +1,4 @@
-"""Words between marks of a prompt: taken out before it is tokenized, and edited by the positions `given`."""
+"""Marked words in a prompt: the marks are removed before it is tokenised, and the positions `given` edit the words."""
 
 import io
 import json
@@ -61,13 +61,13 @@ class TestUnmarked:
     @pytest.mark.parametrize(
         ("prompt", "words"),
         [
-            ("who is it?", "the prompt has no words between '<<' and '>>', which the positions given edit"),
+            ("who is it?", "the prompt has no words between '<<' and '>>' for the positions given to edit"),
             ("who <<is it?", "'<<' without '>>' after it"),
             ("who is>> it?", "'>>' without '<<' before it"),
             ("<<who <<is>> it?", "'<<' without '>>' before it"),
             ("<<who>> is>> it?", "'>>' without '<<' before it"),
-            ("who <<>> is it?", "nothing stands between '<<' and '>>'"),
-            ("who<< >>is it?", "nothing stands between '<<' and '>>'"),
+            ("who <<>> is it?", "there is nothing between '<<' and '>>'"),
+            ("who<< >>is it?", "there is nothing between '<<' and '>>'"),
         ],
     )
     def test_marks_that_mark_nothing_name_their_row(self, prompt, words):
@@ -123,13 +123,13 @@ class TestTokens:
     def test_a_row_whose_words_are_all_cut_off_is_named(self):
         example = unmarked(make("<<who>> is " + "x" * 40), MARKS, needed=True)
         with pytest.raises(
-            ValueError, match=r"line 3: no token of the marked words .*data\.max_length=20 leaves"
+            ValueError, match=r"line 3: data\.max_length=20 leaves no token of the marked words"
         ):
             encode_all(byte_tokenizer(), [example], 20)
 
     def test_a_slow_tokenizer_is_refused(self):
         with pytest.raises(
-            ValueError, match="ByT5Tokenizer does not say: choose a model with a fast tokenizer"
+            ValueError, match="ByT5Tokenizer does not provide: choose a model with a fast tokenizer"
         ):
             encode(ByT5Tokenizer(), unmarked(make("<<who>>?"), MARKS, needed=True), 64)
 
@@ -174,7 +174,7 @@ class TestTokens:
 
 
 def of_words():
-    """A tokenizer whose tokens are words with the blank before them, as most models' are."""
+    """A tokenizer whose tokens are words with the preceding blank, as in most models."""
     known = ["<unk>", "</s>", "▁the", "▁red", "▁house", "▁"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
     backend.normalizer = normalizers.Prepend("▁")
@@ -248,7 +248,7 @@ def test_a_run_reads_edits_and_generates_as_calls_with_edit_mask_do(trained):
         assert row["option"] == (first if lost < of_other else second)
         others += by_hand(reft, row["prompt"], second, first)[1] != lost
     assert results["metrics"]["val/loss"] == pytest.approx(loss / tokens, rel=1e-5)
-    assert others  # which words are edited makes a difference
+    assert others  # it matters which words are edited
 
 
 @pytest.mark.parametrize("positions", ["given", "f1+l1"])
@@ -264,7 +264,7 @@ def test_a_prediction_tells_which_words_of_its_prompt_were_marked(tmp_path, posi
 
 
 class TestRowsThatDifferInMarks:
-    """Without them, the model reads the same text of both."""
+    """Without the marks, the model reads the same text for both rows."""
 
     def rows(self, path, questions):
         path.write_text("".join(json.dumps({"q": q, "a": q[-3:]}) + "\n" for q in questions))

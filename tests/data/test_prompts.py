@@ -8,13 +8,13 @@ from reft_lightning.data.example import Example
 from reft_lightning.data.prompts import apply_template
 
 EXAMPLE = Example("t", "Name a colour.", "Red", "Red", ("Red", "Blue"), "t/train.json, row 3")
-# Llama-2's manner: white space in front of an answer, BOS in front of all
+# as for Llama-2: white space before an answer, BOS before everything
 TURNS = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ '<<' + m.content + '>>' }}"
     "{% elif m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
     "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-# ChatML: no white space, a mark for whose turn it is
+# ChatML: no white space, but a marker for whose turn it is
 CHATML = (
     "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
@@ -127,7 +127,7 @@ class TestChat:
 class TestErrors:
     def test_an_unknown_template_names_the_nearest(self):
         with pytest.raises(
-            ValueError, match=r"no prompt template 'alpca'; did you mean 'alpaca'\?; there are"
+            ValueError, match=r"unknown prompt template 'alpca'; did you mean 'alpaca'\?; choose one of"
         ):
             one("alpca")
 
@@ -142,7 +142,10 @@ class TestErrors:
         example = Example(
             "t", "Hi", "Hello", "Hello", source="row 9", turns=(("user", "a"), ("assistant", "b"))
         )
-        with pytest.raises(ValueError, match=rf"row 9: template {name} has no place for the 2 earlier turns"):
+        with pytest.raises(
+            ValueError,
+            match=rf"row 9: template {name} has no place for earlier turns of a conversation \(there are 2\)",
+        ):
             one(name, example)
 
     @pytest.mark.parametrize("name", ["plain", "alpaca"])
@@ -153,14 +156,14 @@ class TestErrors:
     def test_a_template_that_knows_no_system_role_names_the_row(self):
         tokenizer = chatting(NO_SYSTEM + TURNS)
         with pytest.raises(
-            ValueError, match=r"t/train.json, row 3: .* refuses the turns system, user: System"
+            ValueError, match=r"t/train.json, row 3: .* rejects the turns system, user: System"
         ):
             one("chat", tokenizer=tokenizer, system_prompt="Be brief.")
 
     def test_a_template_that_fails_names_the_row(self):
-        """As one that adds texts does where it is given the parts of a message."""
+        """As in a template that concatenates texts, but is given the parts of a message."""
         with pytest.raises(
-            ValueError, match=r"t/train.json, row 3: .* refuses the turns user: TypeError: .*concatenate"
+            ValueError, match=r"t/train.json, row 3: .* rejects the turns user: TypeError: .*concatenate"
         ):
             one("chat", tokenizer=chatting("{{ messages[0].content + [1] }}"))
 

@@ -1,4 +1,4 @@
-"""One file's rows: every format, where each row stands, and what is said about a broken file.
+"""The rows of one file: every format, the source of each row, and the errors for broken files.
 
 JSON and JSON Lines have further tests in test_sources.py.
 """
@@ -27,7 +27,7 @@ def put(folder, name, text):
 
 
 def not_utf8(*cells):
-    """A column of text that is not all UTF-8, which other programs may write."""
+    """A text column that is not entirely UTF-8, as other programs may write it."""
     return pa.array([c.encode() if isinstance(c, str) else c for c in cells], pa.binary()).view(pa.string())
 
 
@@ -39,7 +39,7 @@ class TestFormats:
     @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet", "rows.csv"])
     def test_the_same_ten_rows_come_out_of_every_format(self, name):
         rows = [row for row, _ in read_file(FIXTURES / name)]
-        if name == "rows.csv":  # text alone: lists are written with commas
+        if name == "rows.csv":  # only text: lists are written with commas
             rows = [{**row, "topics": row["topics"].split(",")} for row in rows]
         assert rows == json.loads((FIXTURES / "rows.json").read_text(encoding="utf-8"))
         assert len(rows) == 10
@@ -101,7 +101,7 @@ class TestJson:
         ],
     )
     def test_a_key_that_an_object_has_twice_is_named(self, tmp_path, name, text, where):
-        with pytest.raises(ValueError, match=f"{where}: an object has the key 'a' more than once"):
+        with pytest.raises(ValueError, match=f"{where}: an object contains the key 'a' more than once"):
             list(read_file(put(tmp_path, name, text)))
 
     @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ class TestJson:
             list(read_file(put(tmp_path, name, text % deep)))
 
     def test_json_lines_under_the_wrong_name_are_recognised(self, tmp_path):
-        with pytest.raises(ValueError, match=r"line 2: not JSON \(Extra data\); is this JSON Lines\?"):
+        with pytest.raises(ValueError, match=r"line 2: not JSON \(Extra data\); if this is JSON Lines"):
             list(read_file(put(tmp_path, "rows.json", '{"a": 1}\n{"a": 2}\n')))
 
     def test_an_empty_list_has_no_rows(self, tmp_path):
@@ -145,9 +145,9 @@ class TestTables:
     @pytest.mark.parametrize(
         ("header", "words"),
         [
-            ("q,a,q", r"line 1: the header names 'q' more than once"),
+            ("q,a,q", r"line 1: the header contains 'q' more than once"),
             (",q", r"line 1: column 1 has no name; .*index=False"),
-            ("", "is empty: its first line must name the columns"),
+            ("", "is empty; its first line must name the columns"),
         ],
     )
     def test_a_header_names_each_column_once(self, tmp_path, header, words):
@@ -156,7 +156,7 @@ class TestTables:
 
     def test_an_open_quotation_mark_names_the_row_it_began_in(self, tmp_path):
         path = put(tmp_path, "rows.csv", 'q,a\n1,2\n"3,4\n5,6\n')
-        with pytest.raises(ValueError, match="the row that begins in line 3: not CSV"):
+        with pytest.raises(ValueError, match="the row that begins on line 3: not CSV"):
             list(read_csv(path))
 
     def test_quotation_marks_and_line_ends_but_a_line_feed_are_text_in_a_tsv(self, tmp_path):
@@ -192,13 +192,14 @@ class TestDelimiters:
     def test_another_delimiter_can_be_named(self, tmp_path):
         path = put(tmp_path, "rows.csv", "q;r|a\n1|2\n")
         with pytest.raises(
-            ValueError, match=r"1 cells for the 2 columns q, r\|a;.* has ';' between .*data\.delimiter"
+            ValueError,
+            match=r"1 cells for the 2 columns q, r\|a;.* detected delimiter is ';' .*data\.delimiter",
         ):
             list(read_file(path))
         assert [row for row, _ in read_file(path, "|")] == [{"q;r": "1", "a": "2"}]
 
     def test_a_delimiter_of_another_format_is_refused(self, tmp_path):
-        with pytest.raises(ValueError, match=r"rows\.tsv: a delimiter is for \.csv files"):
+        with pytest.raises(ValueError, match=r"rows\.tsv: data\.delimiter=';' applies to \.csv files only"):
             list(read_file(put(tmp_path, "rows.tsv", "q\ta\n"), ";"))
 
 
@@ -227,7 +228,7 @@ class TestParquet:
             list(read_file(tmp_path / "rows.parquet"))
 
     def test_cells_of_json_are_read_as_the_values_they_hold(self, tmp_path):
-        """As `datasets` keeps columns of mixed types: the content of a message may be a text or a list of parts."""
+        """A column of mixed types in `datasets`' format: the content of a message may be a text or a list of parts."""
 
         def kinds(text):
             message = pa.struct({"role": pa.string(), "content": text})
@@ -282,7 +283,7 @@ class TestSavedFolders:
     def test_a_broken_one_is_named(self, tmp_path):
         folder = self.saved(tmp_path / "train", [{"q": "a"}])
         next(folder.glob("*.arrow")).unlink()
-        with pytest.raises(ValueError, match="train: not a whole folder of save_to_disk"):
+        with pytest.raises(ValueError, match="train: incomplete folder of save_to_disk"):
             list(read_file(folder))
 
 
@@ -305,7 +306,7 @@ class TestBrokenFiles:
     @pytest.mark.parametrize("content", [b"plain text", gzip.compress(b"x" * 10_000, mtime=0)[:30]])
     def test_a_broken_gzip_file_is_named(self, tmp_path, content):
         (tmp_path / "rows.jsonl.gz").write_bytes(content)
-        with pytest.raises(ValueError, match=r"rows\.jsonl\.gz: not a whole gzip file"):
+        with pytest.raises(ValueError, match=r"rows\.jsonl\.gz: not a complete gzip file"):
             list(read_file(tmp_path / "rows.jsonl.gz"))
 
 

@@ -1,4 +1,4 @@
-"""Texts without prompts: every token is learnt once, whatever the length of the pieces, and nothing is generated."""
+"""Texts without prompts: every token is learnt once, for any length of pieces, and nothing is generated."""
 
 import json
 import logging
@@ -163,9 +163,9 @@ def module(path, **more):
         (["intervention.layers={0: {}, 1: {positions: l1}}"], "the positions l1 need a prompt"),
         (["intervention=cast", ALL], "cast needs prompts"),
         (["objective=dpo"], "DPO compares two answers to a prompt"),
-        (["objective=reward"], "a reward model chooses between two answers to a prompt"),
+        (["objective=reward"], "a reward model compares two answers to a prompt"),
         (["decoding.max_new_tokens=9"], "nothing is generated: leave out decoding.max_new_tokens"),
-        (["data.template=chat"], "data.template=chat lays a prompt out"),
+        (["data.template=chat"], "data.template=chat needs a prompt"),
         (["data.options=text"], r"needs data\.prompt, or data\.messages; the columns are text"),
         (["model.config={model_type: t5}"],
          "texts without a prompt need a decoder-only model"),
@@ -185,7 +185,7 @@ def test_what_needs_no_prompt_is_not(tmp_path):
 
 def test_no_column_at_all_names_both_ways(tmp_path):
     with pytest.raises(
-        ValueError, match=r"needs data\.prompt and data\.target, .*data\.target alone for texts"
+        ValueError, match=r"needs data\.prompt and data\.target, .*only data\.target for texts"
     ):
         custom_family(path=str(write(tmp_path)))
 

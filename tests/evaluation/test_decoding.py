@@ -1,4 +1,4 @@
-"""Decoding: a checked target gives the ids of plain greedy decoding; settings, stops, draws and defaults."""
+"""Decoding: checking a target gives the ids of plain greedy decoding; settings, stops, sampling and defaults."""
 
 import functools
 import gzip
@@ -83,7 +83,7 @@ def checked_ids(model, targets, tokenizer=ENDLESS, most=NEW, **settings):
 
 
 def argmax_by_hand(model, prompt, count, eos):
-    """Append the likeliest token again and again, the whole text read anew each time."""
+    """Append the likeliest token repeatedly, reading the whole text again each time."""
     ids = prompt.tolist()
     for _ in range(count):
         inputs = torch.tensor([ids])
@@ -118,7 +118,7 @@ def test_checking_a_target_gives_the_ids_of_plain_decoding(family, positions):
     assert torch.equal(checked_ids(reft, drafts(plain)), plain)
     with reft.disabled():
         base = plain_ids(reft)
-        for own in (base, plain):  # a draft of the adapted model tells the base nothing
+        for own in (base, plain):  # a draft of the adapted model is of no use to the base
             assert torch.equal(checked_ids(reft, drafts(own)), base)
     assert not torch.equal(base, plain)
 
@@ -152,7 +152,7 @@ def test_tying_and_clips_continue_as_they_began(tied):
 
 
 def reads(model, batch, **settings):
-    """The number of rows and columns that each call of the base model reads."""
+    """The number of rows and columns read by each call of the base model."""
     seen = []
     handle = model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
@@ -254,7 +254,7 @@ def test_stop_strings_end_beams():
 
 
 def test_a_stop_string_is_searched_only_after_the_prompt():
-    """A completion that begins with "def" after a prompt that ends in a newline goes on; Hugging Face stops there."""
+    """A completion that begins with "def" goes on after a prompt that ends in a newline; Hugging Face would stop."""
     model, tokenizer = byte_model(), byte_tokenizer()
     batch = bytes_batch(["yes", "no", "so it is"])
     free = generate_ids(model, batch, tokenizer, Decoding(6, verify=False))
@@ -400,7 +400,7 @@ def test_real_rows_get_the_ids_of_plain_decoding(shared):
 
 
 def test_a_blank_at_the_start_of_the_answer_survives_a_sentencepiece_tokenizer():
-    """Llama's decoder drops the first blank of a text: an indented line of code would lose its indentation."""
+    """Llama's decoder drops the first blank of a text, so an indented line of code would lose its indentation."""
     backend = Tokenizer(models.BPE(vocab={"<pad>": 0, "</s>": 1, "▁": 2, "x": 3, ":": 4}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Sequence(

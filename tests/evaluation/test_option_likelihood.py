@@ -29,7 +29,7 @@ from reft_lightning.evaluation.decoding import generate_ids
 POSITIONS = ["f2+l2", "prompt+decode:3", "f7+l7", "l1", "all", "decode", "decode:2"]
 PROMPTS = tiny.rows(6, 3, 9, 1)
 ENDLESS = SimpleNamespace(eos_token_id=999, pad_token_id=tiny.PAD)  # a token that no model here generates
-# Options of several lengths; the first three of a row begin alike. Row 1 has one option less, so its last is repeated.
+# Options of several lengths; the first three of a row begin alike. Row 1 has one option fewer; its last is repeated.
 COMMON = tiny.rows(3, 3, 3, 3, seed=5)
 ENDS = [
     tiny.rows(*lengths, seed=6 + k) for k, lengths in enumerate([(1, 2, 1, 4), (3, 1, 1, 1), (2, 2, 5, 1)])
@@ -64,7 +64,7 @@ def batches():
 
 
 def one_by_one(model, options=None):
-    """Return the likelihoods by one whole read for each option."""
+    """Return the likelihoods from one full read for each option."""
     return torch.cat([option_log_likelihoods(model, [batch]) for batch in options or batches()], 1)
 
 
@@ -80,7 +80,7 @@ def by_hand(model, prompt, target):
 
 
 def reads(model, work):
-    """Return the number of rows and columns that each call of the base model reads in ``work()``."""
+    """Return the number of rows and columns read by each call of the base model in ``work()``."""
     seen = []
     handle = model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
@@ -104,7 +104,7 @@ def test_a_shared_prompt_gives_the_likelihoods_of_whole_reads(family, positions)
     reft = attached(family, positions)
     shared = option_log_likelihoods(reft, batches())
     assert shared.dtype == torch.float64
-    atol = 1e-6 if family == "gptj" else 1e-10  # GPT-J attends in float32 whatever its own dtype
+    atol = 1e-6 if family == "gptj" else 1e-10  # GPT-J attends in float32 whatever its dtype
     torch.testing.assert_close(shared, one_by_one(reft), rtol=0, atol=atol)
     with reft.disabled():
         base = option_log_likelihoods(reft, batches())
@@ -152,7 +152,7 @@ def test_baselines_rank_as_by_whole_reads(method):
     torch.testing.assert_close(option_log_likelihoods(model, batches()), whole, rtol=0, atol=1e-10)
     calls = reads(model, lambda: option_log_likelihoods(model, batches()))
     others = [(4, width) for width in widths()[1:]]
-    # virtual tokens are in the cache, too: there every option is read whole
+    # virtual tokens are in the cache, too, so every option is read in full
     if "tuning" in method:
         assert calls[1:] == others
     else:
@@ -166,7 +166,7 @@ def test_the_prompts_and_what_all_options_begin_with_are_read_once():
     reft = attached()
     first, *others = widths()
     calls = reads(reft, lambda: option_log_likelihoods(reft, batches()))
-    # three columns of the second and third option are those of the first; of the fourth only the prompt
+    # the second and third option share three columns with the first, the fourth only the prompt
     assert calls == [(4, first), *[(4, width - 9 - 3) for width in others[:2]], (4, others[2] - 9)]
     assert reads(reft, lambda: one_by_one(reft)) == [(4, width) for width in widths()]
 
@@ -179,7 +179,7 @@ def test_a_sliding_window_is_read_whole_each_time():
 
 def test_options_whose_prompts_differ_are_read_whole():
     reft = attached()
-    cut = [prompt[-4:] for prompt in PROMPTS]  # as by an option too long for the limit
+    cut = [prompt[-4:] for prompt in PROMPTS]  # as with an option that is too long for the limit
     for others in (cut, [*PROMPTS[:3], (PROMPTS[3] + 1) % tiny.VOCABULARY]):
         options = [batch_of(OPTIONS[0]), batch_of(OPTIONS[1], others)]
         calls = reads(reft, lambda options=options: option_log_likelihoods(reft, options))
@@ -189,7 +189,7 @@ def test_options_whose_prompts_differ_are_read_whole():
 
 
 def test_tokens_that_are_padding_in_one_option_and_real_in_the_other_are_read():
-    """Comparing only ids would not do: padding has the id of a token."""
+    """Comparing only ids would not be enough, because padding has the id of a token."""
     reft = attached("llama", "all")
     short = [torch.tensor([7, 8])] * 2
     long = [torch.tensor([7, 8, tiny.PAD, 9])] * 2
@@ -263,7 +263,7 @@ def test_the_likelihood_of_the_targets_is_their_loss():
     with torch.no_grad():
         expected = reft(**{k: v for k, v in batch.items() if k != "boundary"}).loss
     found = -log_likelihood(reader, batch).sum() / tokens
-    assert found.item() == pytest.approx(expected.item(), rel=1e-6)  # Hugging Face takes the loss in float32
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)  # Hugging Face uses float32
 
 
 def plain_ids(model, most=6, tokenizer=ENDLESS):
@@ -287,7 +287,7 @@ def test_texts_after_reading_options_are_those_of_plain_decoding(family, positio
         reader = ColumnReader(reft)
         log_likelihood(reader, gold)
         assert torch.equal(generate_ids(reft, gold, ENDLESS, Decoding(6), reader), plain)
-        log_likelihood(reader, gold)  # a reader that has handed over its cache reads anew
+        log_likelihood(reader, gold)  # a reader that has handed over its cache reads everything again
         assert torch.equal(generate_ids(reft, gold, ENDLESS, Decoding(6, verify=False), reader), plain)
 
 
@@ -400,7 +400,7 @@ def architecture(name, **own):
 
 def test_a_model_that_reads_the_answer_has_no_likelihood_of_it():
     reft = architecture("gemma3_text", use_bidirectional_attention=True)
-    with pytest.raises(ValueError, match="each token of Gemma3ForCausalLM reads those after it"):
+    with pytest.raises(ValueError, match="tokens of Gemma3ForCausalLM attend to later tokens"):
         option_log_likelihoods(reft, batches())
 
 

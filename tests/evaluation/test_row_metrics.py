@@ -99,7 +99,7 @@ def test_the_interval_of_a_mean_of_tasks_shrinks_with_the_root_of_their_number()
     one = (0.3, 0.7)
     low, high = interval_of_means([0.5] * 4, [one] * 4)
     assert (low, high) == pytest.approx((0.4, 0.6))
-    # not symmetric where those of the tasks are not, and the task's own where there is one
+    # not symmetric if the tasks' intervals are not; for a single task, its own interval
     assert interval_of_means([0.1], [(0.05, 0.3)]) == pytest.approx((0.05, 0.3))
     rows = 50  # close to the normal interval of the mean of two proportions, near one half
     ends = interval_of_means([0.4, 0.6], [wilson_interval(20, rows), wilson_interval(30, rows)])

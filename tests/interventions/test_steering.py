@@ -271,9 +271,9 @@ def test_the_controller_follows_its_formula():
         for _ in range(9):
             pid.move(penalty)
         assert pid.state["weight"] == bound
-    with pytest.raises(ValueError, match="0 < lowest <= start <= highest must hold"):
+    with pytest.raises(ValueError, match="must satisfy 0 < lowest <= start <= highest"):
         PIDPenalty(1.0, start=2.0)
-    with pytest.raises(ValueError, match="there is none"):
+    with pytest.raises(ValueError, match="the model has none"):
         mean_penalty(rl.attach(tiny.model("llama"), "red", positions="all"))
 
 

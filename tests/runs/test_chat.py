@@ -147,7 +147,7 @@ def test_a_question_that_a_template_refuses_does_not_end_the_chat(folder, monkey
     monkeypatch.setattr("sys.stdin", io.StringIO("no\nyes\n"))
     chat.main(folder, max_new_tokens=2, template="chat")
     out = " ".join(capsys.readouterr().out.split())
-    assert "refuses the turns user: not that" in out
+    assert "rejects the turns user: not that" in out
     assert out.count("frozen base") == 1
 
 

@@ -224,7 +224,7 @@ def test_what_is_no_picture_is_refused_in_words(client, content, said):
 def test_a_mark_without_a_picture_is_refused_where_text_is_taken_as_it_is(client):
     answer = client.post("/v1/completions", json={"model": "base", "prompt": "USER: <image> what?"})
     assert answer.status_code == 400
-    assert "prompt: LlavaProcessor refuses the row: Found 1 <image>" in answer.json()["error"]["message"]
+    assert "prompt: LlavaProcessor rejects the row: Found 1 <image>" in answer.json()["error"]["message"]
 
 
 def test_a_mark_that_its_processor_overlooks_is_refused_too():

@@ -332,7 +332,7 @@ class TestRows:
         rows, facts = read_rows(task, "train", DataSource("local", str(tmp_path)))
         assert (facts["source"], facts["from"], len(rows)) == ("local", ["train.json"], 1)
         with pytest.raises(
-            ValueError, match=r"no train split in source wheel; it has local \(train\); wheel \(test\)"
+            ValueError, match=r"no train split in source wheel; available: local \(train\); wheel \(test\)"
         ):
             read_rows(task, "train", DataSource("wheel"), Wheel("toy==1", "0" * 64))
         with pytest.raises(ValueError, match="no train split in source hub"):
@@ -341,5 +341,5 @@ class TestRows:
     def test_an_empty_file_is_an_error(self, tmp_path):
         task = Task("toy", lambda row: row, local={"train": (LocalRows(("train.json",)),)})
         (tmp_path / "train.json").write_text("[]")
-        with pytest.raises(ValueError, match=r"train.json in .*: no rows"):
+        with pytest.raises(ValueError, match=r"train.json in .* has no rows"):
             read_rows(task, "train", DataSource("local", str(tmp_path)))

@@ -1,4 +1,4 @@
-"""Which checkpoint counts: the best by the monitored score, and of equals the one with the lowest loss."""
+"""Which checkpoint is selected: the best by the monitored score, and among ties the one with the lowest loss."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from reft_lightning.training.best_checkpoint import BestCheckpoint
 
 
 class Training:
-    """A trainer that only notes after which steps a checkpoint is written."""
+    """A trainer that only records the steps after which a checkpoint is written."""
 
     def __init__(self):
         self.state, self.sanity_checking, self.should_stop = SimpleNamespace(fn="fit"), False, False

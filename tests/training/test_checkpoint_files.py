@@ -1,4 +1,4 @@
-"""Checkpoints are written whole or not at all, and are read without running code."""
+"""Checkpoints are written atomically, and are read without running code."""
 
 import os
 import pickle
@@ -17,7 +17,7 @@ class Unwritable:
 
 
 class Touch:
-    """What unpickles by creating a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -57,7 +57,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, cut):
 def test_a_checkpoint_with_code_is_refused_and_its_code_does_not_run(tmp_path, write):
     path = tmp_path / "last.ckpt"
     write({"weight": Touch(tmp_path / "ran")}, path)
-    with pytest.raises(ValueError, match=r"can run code when it is read.*trust_code=true"):
+    with pytest.raises(ValueError, match=r"can run code when they are read.*trust_code=true"):
         read_checkpoint(path)
     assert not (tmp_path / "ran").exists()
 

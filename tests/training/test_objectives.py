@@ -1,4 +1,4 @@
-"""Objectives: the loss of today bit for bit, preferences against their formulas, and one's own in ten lines."""
+"""Objectives: today's loss bit for bit, preferences against their formulas, and a custom objective in ten lines."""
 
 import csv
 from dataclasses import replace
@@ -31,7 +31,7 @@ def attached(method="bias", dtype=torch.float64, **settings):
 
 
 def pairs():
-    """Three pairs, as the loader lays them out."""
+    """Three pairs in the loader's layout."""
     batch = tiny.prompt_target([*PROMPTS, *PROMPTS], [*CHOSEN, *REJECTED])
     return batch | {"boundary": 6, "rows": torch.arange(6)}
 
@@ -144,7 +144,7 @@ def test_a_nulled_edit_removes_its_direction():
 
 
 class Distil(Objective):
-    """Match the distributions of the frozen base, at the temperature of one's choice."""
+    """Match the distributions of the frozen base at a given temperature."""
 
     def __init__(self, temperature=2.0):
         self.temperature = temperature
@@ -214,7 +214,7 @@ def test_a_run_learns_preferences(rows, tmp_path, objective):
 
 
 def test_a_step_in_parts_is_the_whole_step(rows, tmp_path):
-    """The mean over the pairs of a step, however it is divided: 15 pairs, the last step with three of them."""
+    """The mean over the pairs of a step, however it is divided; 15 pairs, with three in the last step."""
     settings = (
         "objective=dpo",
         "data.group_by_length=false",
@@ -236,18 +236,18 @@ def test_a_step_in_parts_is_the_whole_step(rows, tmp_path):
     ("overrides", "message"),
     [
         (["objective=dpo", "objective.options.beta=-1"], "beta must be above 0"),
-        (["objective=dpo", "+objective.options.betta=1"], "DPO takes no 'betta'; did you mean 'beta'"),
+        (["objective=dpo", "+objective.options.betta=1"], "DPO does not take 'betta'; did you mean 'beta'"),
         (["objective._target_=torch.optim.SGD"], "not a subclass of"),
         (["objective=reps", "intervention=red"], r"RED has no null\(h\)"),
         (
             ["objective=reps", "intervention=peft/lora", "intervention.positions=f7+l7"],
-            "needs edits whose strength",
+            "needs edits with adjustable strength",
         ),
         (["objective=dpo", "kept.limit_gb=1"], "runs its own passes"),
         (["objective=dpo", "objective.options.beta=abc"], "beta must be above 0; got abc"),
         (["objective=reps", "objective.options.strengths=3"], "must be a list of finite numbers; got 3"),
         (["objective=reps", "objective.options.strengths=[a]"], "must be a list of finite numbers"),
-        (["objective=reps", "intervention.heads=[lm_head]"], "a trained head .lm_head. has none"),
+        (["objective=reps", "intervention.heads=[lm_head]"], "trained heads .lm_head. have none"),
         ([*CLOSED, "scheduler=linear"], "over all rows: it needs scheduler=constant"),
         ([*CLOSED, "optimizer=adamw"], "over all rows: it needs optimizer=closed_form"),
         ([*CLOSED, "trainer.max_epochs=2"], "over all rows: it needs trainer=closed_form"),
@@ -261,7 +261,7 @@ def test_what_cannot_be_trained_is_refused_before_weights(rows, overrides, messa
 
 
 def test_rows_need_an_answer_to_reject(rows):
-    with pytest.raises(ValueError, match=r"pairs.csv.*a pair needs options"):
+    with pytest.raises(ValueError, match=r"pairs.csv.*a pair needs two options"):
         build(compose.compose([*arguments(rows, "objective=dpo"), "data.options=null"]))
 
 
@@ -272,13 +272,13 @@ def test_of_several_wrong_options_the_next_is_rejected():
     assert rejected(replace(example, options=("b", "x"))).target == "x"
     assert (
         rejected(replace(example, options=("b", "  ", "x"))).target == "x"
-    )  # an option without text is none
+    )  # an option without text does not count
     assert rejected(replace(example, target=" b", options=("x", "y"))).target == "x"
 
 
 @pytest.mark.parametrize("objective", ["dpo", "reward"])
 def test_two_answers_follow_one_prompt_however_long_they_are(tmp_path, objective):
-    """A longer answer leaves less of a long prompt, which the shorter one then does not see either."""
+    """A longer answer leaves less of a long prompt; the shorter answer then follows the same prompt."""
     for split in ("train", "test"):
         with (tmp_path / f"{split}.csv").open("w", newline="") as file:
             writer = csv.writer(file)

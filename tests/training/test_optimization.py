@@ -49,7 +49,7 @@ def test_the_groups_are_logged(caplog):
 
 
 def rates(scheduler, steps, at):
-    """The learning rates of a scheduler at some steps, of a rate of 1."""
+    """The learning rates of a scheduler at some steps, starting from a rate of 1."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule, found = scheduler(optimizer), []
     for _ in range(steps + 1):
@@ -107,22 +107,25 @@ def test_any_optimizer_and_scheduler_of_torch_take_our_groups():
 def test_a_run_without_an_end_takes_a_schedule_that_needs_none():
     Optimization(scheduler=schedules.constant, warmup_ratio=0).build(roles(), math.inf)
     for settings in (Optimization(), Optimization(scheduler=schedules.constant)):
-        with pytest.raises(ValueError, match=r"needs the number of steps: set trainer\.max_steps"):
+        with pytest.raises(ValueError, match=r"needs the total number of steps: set trainer\.max_steps"):
             settings.build(roles(), math.inf)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"optimizer_options": {"bta": 1}}, "optimizer.options: AdamW takes no 'bta'; did you mean 'betas'"),
-        ({"scheduler_options": {"totl": 1}}, "scheduler.options: linear takes no 'totl'"),
-        ({"optimizer": torch.optim.Rprop, "weight_decay": 0.1}, "Rprop has no weight decay"),
-        ({"scheduler": torch.optim.lr_scheduler.ConstantLR}, "ConstantLR has no warm-up"),
+        (
+            {"optimizer_options": {"bta": 1}},
+            "optimizer.options: AdamW does not take 'bta'; did you mean 'betas'",
+        ),
+        ({"scheduler_options": {"totl": 1}}, "scheduler.options: linear does not take 'totl'"),
+        ({"optimizer": torch.optim.Rprop, "weight_decay": 0.1}, "Rprop does not support weight decay"),
+        ({"scheduler": torch.optim.lr_scheduler.ConstantLR}, "ConstantLR does not support warm-up"),
         ({"lr": 0.0}, "lr must be above 0; got 0.0"),
         ({"lr": math.nan}, "lr must be above 0; got nan"),
         ({"head_lr": -1.0}, "head_lr must be above 0; got -1.0"),
-        ({"warmup_ratio": 10}, "must lie in 0..1; got 10"),
-        ({"weight_decay": -0.1}, "weight_decay must be 0 or more; got -0.1"),
+        ({"warmup_ratio": 10}, "must be in 0..1; got 10"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0; got -0.1"),
     ],
 )
 def test_settings_that_cannot_train_are_refused(settings, message):
@@ -132,5 +135,5 @@ def test_settings_that_cannot_train_are_refused(settings, message):
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
 def test_a_rate_or_a_decay_among_the_options_would_not_count(name):
-    with pytest.raises(ValueError, match=rf"optimizer\.options\.{name} .* write optimizer\.{name}=0\.1"):
+    with pytest.raises(ValueError, match=rf"optimizer\.options\.{name} .* set optimizer\.{name}=0\.1"):
         Optimization(optimizer_options={name: 0.1})

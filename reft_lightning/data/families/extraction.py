@@ -1,6 +1,6 @@
-"""The answer in a chain of thought: the last number, the first capital A to E, the letter that is stated.
+"""The answer in a chain of thought: the last number, the first capital A to E, or the stated letter.
 
-Pure functions of a text, shared by the arithmetic families; what each rule gets wrong is listed in `arithmetic.py`.
+Pure functions of a text, shared by the arithmetic families; `arithmetic.py` lists what each rule gets wrong.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 TOLERANCE = 1e-3  # pyreft, examples/loreft/compute_metrics.py
 LETTERS = ("A", "B", "C", "D", "E")
 _NUMBER = re.compile(r"-?\d+\.?\d*")
-# "answer is (B)", "Answer: B.", "the correct option is: **B**"; a bare letter must end there: "A train" states nothing
+# "answer is (B)", "Answer: B.", "the correct option is: **B**"; a bare letter must end there: not "answer is A train"
 _STATED = re.compile(
     r"(?i:\b(?:answer|correct\s+(?:option|choice))(?:\s+(?:choice|option))?[\s:=*-]*(?:\bis\b|\bwould\s+be\b)?[\s:*-]*"
     r"(?:(?:option|choice)\s+)?)(?:\(([A-E])\)|([A-E])(?=\)|[.,;:!*]|\s*\n|\s*$))"
@@ -34,7 +34,7 @@ def last_number(text: str) -> str | None:
 
 
 def first_letter(text: str) -> str | None:
-    """Return the first capital A to E, wherever it is, as published.
+    """Return the first capital A to E anywhere in a text, as published.
 
     Source: pyreft, `extract_answer_letter`, after LLM-Adapters' evaluate.py.
 
@@ -48,7 +48,7 @@ def first_letter(text: str) -> str | None:
 
 
 def stated_letter(text: str) -> str | None:
-    """Return the letter that a text states as its answer, the last one if there are several.
+    """Return the letter that a text states as its answer; the last one if there are several.
 
     >>> stated_letter("Every train. The answer is (B).")
     'B'
@@ -60,7 +60,7 @@ def stated_letter(text: str) -> str | None:
 
 
 def is_number(text: str) -> bool:
-    """Return whether a gold answer is a finite number; nan and inf, which no text can equal, are none."""
+    """Return whether a gold answer is a finite number; nan and inf do not count, because no text can equal them."""
     try:
         return math.isfinite(float(text))
     except ValueError:
@@ -68,5 +68,5 @@ def is_number(text: str) -> bool:
 
 
 def equals(found: str | None, gold: str) -> bool:
-    """Return whether a number was found that lies within 1e-3 of the gold one."""
+    """Return whether a number was found and is within 1e-3 of the gold number."""
     return found is not None and abs(float(gold) - float(found)) <= TOLERANCE

@@ -1,9 +1,9 @@
 r"""GLUE: nine classification benchmarks, trained one at a time.
 
-Wang et al. 2019, arXiv:1804.07461; https://gluebenchmark.com, on the hub nyu-mll/glue. Licence of the collection as
-its card states it: CC BY 4.0; of the parts, what their authors state.
+Wang et al. 2019, arXiv:1804.07461; https://gluebenchmark.com, on the hub nyu-mll/glue. According to its card, the
+collection is licensed under CC BY 4.0; each part has the licence given by its authors.
 
-A row of RTE as the hub has it, and the same row in GLUE's own tab-separated file::
+A row of RTE on the hub, and the same row in GLUE's own tab-separated file::
 
     {"sentence1": "No Weapons of Mass Destruction Found in Iraq Yet.",
      "sentence2": "Weapons of Mass Destruction Found in Iraq.", "label": 1, "idx": 0}
@@ -24,13 +24,13 @@ A row of RTE as the hub has it, and the same row in GLUE's own tab-separated fil
 | wnli | 635 | 71 | not_entailment, entailment | accuracy |
 
 The labels of GLUE's test sets are hidden, so the published *validation* set is divided into rows for selection and
-rows for the test (`classification.divide`), as the ReFT paper does (arXiv:2404.03592, appendix C.3). MNLI means its
-matched set there; the mismatched one is a further test set, as a whole. The measures are those of GLUE's own metric
-(https://github.com/huggingface/evaluate/blob/main/metrics/glue/glue.py), whose result for mrpc, qqp and stsb also
-carries `combined_score`, the mean of the two; accuracy on cola is added.
+rows for the test (`classification_data.divide`), as in the ReFT paper (arXiv:2404.03592, appendix C.3). For MNLI this
+is the matched set; the mismatched set is an additional test set, undivided. The measures are those of GLUE's own metric
+(https://github.com/huggingface/evaluate/blob/main/metrics/glue/glue.py), which for mrpc, qqp and stsb also reports
+`combined_score`, the mean of the two; accuracy on cola is our addition.
 
-Tab-separated files are read without quoting, as quotation marks in them are text. WNLI is adversarial between train and
-validation: a trained model below the commonest answer is normal.
+Tab-separated files are read without quoting, because quotation marks in them are text. WNLI is adversarial between
+train and validation: it is normal for a trained model to score below the most common answer.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ from ..rows import HubRows, LocalRows, by_name
 
 PAIR = ("sentence1", "sentence2")
 ENTAILMENT = ("entailment", "not_entailment")
-COLA_COLUMNS = ("source", "label", "mark", "sentence")  # the file has no header
+COLA_COLUMNS = ("source", "label", "mark", "sentence")  # the file has no header line
 
 
 @dataclass(frozen=True)
 class Renamed:
-    """Read a file of rows and give its columns the names that the hub uses.
+    """Read a file of rows and rename its columns to the hub's names.
 
     Args:
-        names: file's name of a column -> hub's; the others keep theirs.
-        columns: of a tab-separated file without a header line.
-        torn: whether lines with too few cells are left out: a few questions of QQP hold a line break, and both
-            halves are useless. The hub's copy leaves them out too (363,846 of 363,849 rows).
+        names: column name in the file -> name on the hub; other columns keep their names.
+        columns: column names of a tab-separated file without a header line.
+        torn: whether to skip lines with a wrong number of cells: a few questions of QQP contain a line break, and both
+            halves are useless. The hub's copy skips them too (363,846 of 363,849 rows).
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -82,10 +82,10 @@ def _task(
     train: tuple[LocalRows, ...] = (),
     validation: Mapping[str, tuple[str, str]] | None = None,
 ) -> ClassificationTask:
-    """Build a task whose sources follow GLUE's common pattern.
+    """Return a task whose sources follow GLUE's common pattern.
 
-    `folder` holds GLUE's own files (`"SST-2"`), `train` are further local layouts of the train rows, and `validation`
-    is split -> (hub's name, local file), where there is more than `validation`.
+    `folder` contains GLUE's own files (`"SST-2"`), `train` lists additional local layouts of the train rows, and
+    `validation` is split -> (hub's name, local file), if there is more than one validation set.
     """
     read = read or Renamed()
     validation = validation or {"validation": ("validation", "dev.tsv")}

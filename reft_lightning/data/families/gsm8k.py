@@ -1,22 +1,22 @@
-r"""GSM8K on its own, in the template of LoftQ: where the paper's commonsense and arithmetic settings were tuned.
+r"""GSM8K on its own, in LoftQ's template: the task on which the paper's commonsense and arithmetic settings were tuned.
 
 Rows: https://github.com/openai/grade-school-math (MIT), `grade_school_math/data/{train,test}.jsonl`, 7,473 and 1,319::
 
     {"question": "Natalia sold clips to 48 of her friends ...",
      "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n...\n#### 72"}
 
-The model reads the question, a newline, LoftQ's sentence and a newline; it learns the answer as it is, calculator
-annotations and all, with "####" replaced by "The final answer is: " (so that two blanks precede the number, as in
-the authors' code). Template, split and scorer:
+The model reads the question, a newline, LoftQ's sentence and a newline. It learns the answer as is, including the
+calculator annotations, with "####" replaced by "The final answer is: " (so two blanks precede the number, as in the
+authors' code). Template, split and scorer:
 https://github.com/stanfordnlp/pyreft/blob/dafd0995a366/examples/loreft/dataset.py
 
-Validation is the last 300 train rows. The authors' code cuts a limited train set first and takes the last 300 of what
-is left, so that its two sets change with the limit; here the split comes first.
+The validation set is the last 300 train rows. The authors' code first limits the train set and then takes the last 300
+of the remaining rows, so both of its sets change with the limit; here the split comes first.
 
-`data.template=chat data.system_prompt="You are a helpful assistant."` lays a chat template around the same prompt. The
+`data.template=chat data.system_prompt="You are a helpful assistant."` applies a chat template to the same prompt. The
 authors' special case for Llama-3-8B-Instruct differs: it asks the bare question and leaves "####" in the target.
 
-Score: the last number of the text within 1e-3 of the gold one, as for the arithmetic family.
+Score: whether the last number of the text is within 1e-3 of the gold number, as in the arithmetic family.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ def example(row: Row) -> Example:
 
 
 def carve_last(examples: Sequence[Example], size: int, seed: int = 0, stratum: Any = None) -> Carved:
-    """Take the last `size` rows as validation, and repetitions of their prompts out of train; nothing is drawn."""
+    """Use the last `size` rows for validation and remove repetitions of their prompts from train; nothing is random."""
     if not 0 <= size < len(examples):
         raise ValueError(
-            f"data.validation_size must lie in 0..{len(examples) - 1}, with {len(examples)} train rows; got {size}"
+            f"data.validation_size must be in 0..{len(examples) - 1} with {len(examples)} train rows; got {size}"
         )
     cut = len(examples) - size
     validation = list(examples[cut:])
     held_out = {row.prompt for row in validation}
     train = [row for row in examples[:cut] if row.prompt not in held_out]
     if len(train) < cut:
-        log.info("%d train rows repeat a validation prompt and were left out of train", cut - len(train))
+        log.info("%d train rows repeat a validation prompt and were removed from training", cut - len(train))
     return train, validation
 
 

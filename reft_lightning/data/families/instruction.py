@@ -1,30 +1,30 @@
-r"""Instruction tuning: learn to follow instructions, answer AlpacaEval's, let a judge compare.
+r"""Instruction tuning: learn to follow instructions, answer those of AlpacaEval, and let a judge compare the answers.
 
-Nothing here is right or wrong, so the family has no score: runs log the validation loss and sample generations,
-and the outputs on the 805 AlpacaEval instructions go to a judge (`reft-judge`).
+There are no correct answers here, so the family has no score: runs log the validation loss and sample generations, and
+the outputs for the 805 AlpacaEval instructions go to a judge (`reft-judge`).
 
-A row of Alpaca, Dolly and UltraFeedback as the paper's authors keep it::
+A row of Alpaca, Dolly and UltraFeedback in the paper authors' format::
 
     {"instruction": "Rewrite the sentence.", "input": "He went.", "output": "He left."}
 
-Also read: Dolly's own columns {instruction, context, response}, preference pairs {prompt, chosen, rejected} (the chosen
-answer is learnt, the rejected one is for objectives of pairs; text or messages), conversations {messages}, and
+Other formats: Dolly's own columns {instruction, context, response}, preference pairs {prompt, chosen, rejected} (text
+or messages; the chosen answer is learnt, the rejected one is for pairwise objectives), conversations {messages}, and
 Self-Instruct's {instruction, instances}.
 
 | task | rows | licence |
 |---|---|---|
 | alpaca | train: yahma/alpaca-cleaned (Stanford Alpaca, https://github.com/tatsu-lab/stanford_alpaca) | CC BY-NC 4.0 |
 | ultrafeedback | train: frankaging/ultrafeedback-dataset, the paper's (arXiv:2404.03592, app. C) | MIT |
-| ultrafeedback_binarized | train: argilla/ultrafeedback-binarized-preferences-cleaned, where those come from | MIT |
+| ultrafeedback_binarized | train: argilla/ultrafeedback-binarized-preferences-cleaned, the source of those | MIT |
 | dolly | train: databricks/databricks-dolly-15k | CC BY-SA 3.0 |
 | self_instruct | train: 175 seed tasks; test: 252 user-oriented ones (yizhongw/self-instruct) | Apache-2.0 |
 | alpaca_eval | test: 805 instructions, https://github.com/tatsu-lab/alpaca_eval | CC BY-NC 4.0 |
 
-The answer that AlpacaEval gives with an instruction is the reference model's (text_davinci_003 in AlpacaEval
-1); it gives the test loss and is what a judge compares with. Two of those are empty in the published file, where
-`NO_ANSWER` takes their place.
+The answers in AlpacaEval are those of a reference model (text_davinci_003 in AlpacaEval 1); they are the targets of the
+test loss, and the judge compares against them. Two of them are empty in the published file and are replaced by
+`NO_ANSWER`.
 
-Train rows with an empty output are left out and counted in `data_versions`: Stanford's own alpaca_data.json has 28
+Train rows with an empty output are skipped and counted in `data_versions`; Stanford's own alpaca_data.json has 28
 (https://github.com/tatsu-lab/stanford_alpaca/issues/265).
 
 The paper's prompts, decoding and judge: `prompts.alpaca`, conf/decoding/instruction_paper.yaml, GPT-4 against
@@ -48,14 +48,14 @@ NO_ANSWER = "(no answer)"
 
 
 def _instruction(task: str, row: Row) -> Example:
-    """Build the example of {instruction, input or context, output or response}; either context may be absent."""
+    """Return the example of {instruction, input or context, output or response}; input and context are optional."""
     context = row.get("input", row.get("context"))
     output = row["response"] if "response" in row else column(row, "output")
     return _example(task, column(row, "instruction"), output, context)
 
 
 def _instances(task: str, row: Row) -> Example:
-    """Build the example of Self-Instruct's {instruction, instances: [{input, output}, ...]}: the first instance."""
+    """Return the example of the first instance in Self-Instruct's {instruction, instances: [{input, output}, ...]}."""
     instances = list_in(row, "instances")
     if not instances:
         raise ValueError("instances is empty")
@@ -65,18 +65,18 @@ def _instances(task: str, row: Row) -> Example:
 
 
 def _chosen(task: str, row: Row) -> Example:
-    """Build the example of a preference pair {prompt, chosen, rejected}: the chosen answer is learnt."""
+    """Return the example of a preference pair {prompt, chosen, rejected}; the chosen answer is learnt."""
     chosen, other = row["chosen"], row.get("rejected")
     as_is = isinstance(chosen, str)
     example = _example(task, column(row, "prompt"), chosen) if as_is else _conversation(task, chosen)
-    if not other:  # such rows teach the chosen answer only
+    if not other:  # without a rejected answer, only the chosen one is learnt
         return example
     other = as_text(other, "rejected") if isinstance(other, str) else exchange_of(other)[2]
     return replace(example, options=(example.target, other))
 
 
 def _conversation(task: str, messages: Any) -> Example:
-    """Build the example of messages {role, content}: the last answer is learnt, what precedes it is read."""
+    """Return the example of messages {role, content}; the last answer is learnt, everything before it is read."""
     turns, prompt, answer = exchange_of(messages)
     return _example(task, prompt, answer, turns=turns)
 
@@ -96,7 +96,7 @@ def _example(
 
 
 def example_of(task: str, row: Row) -> Example:
-    """Return the example of a row in any schema that this module describes."""
+    """Return the example of a row in any of the formats described above."""
     if "messages" in row:
         return _conversation(task, row["messages"])
     if "chosen" in row:
@@ -113,7 +113,7 @@ def alpaca_eval_example(row: Row) -> Example:
 
 
 def _for_a_judge(example: Callable[[Row], Example]) -> Callable[[Row], Example]:
-    """Record the instruction, without a template, and the part of the benchmark that it comes from."""
+    """Also record the instruction without a template, and the dataset that it comes from."""
 
     def recorded(row: Row) -> Example:
         made = example(row)
@@ -128,14 +128,14 @@ def alpaca_eval_outputs(predictions: Iterable[Prediction], generator: str) -> li
     """Return generated texts in AlpacaEval's format: [{instruction, output, generator, dataset}, ...].
 
     Args:
-        predictions: {source, instruction, dataset, generated} of each row; the order is that of their sources.
-        generator: name of the model.
+        predictions: {source, instruction, dataset, generated} of each row; the result is ordered by source.
+        generator: the model name.
     """
     outputs = []
     for row in sorted(predictions, key=lambda row: _with_numbers(row["source"])):
         if not isinstance(row["generated"], str):
             raise ValueError(
-                f"{row['source']}: a judge reads one output an instruction; got {len(row['generated'])} samples, set "
+                f"{row['source']}: a judge reads one output per instruction; got {len(row['generated'])} samples: set "
                 "decoding.samples=1"
             )
         outputs.append(
@@ -149,7 +149,7 @@ def alpaca_eval_outputs(predictions: Iterable[Prediction], generator: str) -> li
     return outputs
 
 
-def _with_numbers(source: str) -> list[str | int]:  # row 10 comes after row 9
+def _with_numbers(source: str) -> list[str | int]:  # sorts row 10 after row 9
     return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", source)]
 
 
@@ -170,7 +170,7 @@ TASKS = by_name(
             LocalRows(("alpaca/train.json",)),
             LocalRows(("alpaca/alpaca_data_cleaned.json",)),
             LocalRows(("alpaca/alpaca_data.json",)),
-            _subset("alpaca/train_2k_subset.json", "2,000 rows of the 52,002 of Stanford Alpaca."),
+            _subset("alpaca/train_2k_subset.json", "2,000 of the 52,002 rows of Stanford Alpaca."),
             _subset("alpaca/alpaca_en_demo.json", "999 rows in Alpaca's format, with longer outputs."),
         ),
     ),
@@ -200,7 +200,7 @@ TASKS = by_name(
             "databricks/databricks-dolly-15k",
             LocalRows(("dolly/databricks-dolly-15k.jsonl",)),
             LocalRows(("dolly/train.json",)),
-            _subset("dolly/train_2k_subset.json", "2,000 rows of the 15,011 of Dolly."),
+            _subset("dolly/train_2k_subset.json", "2,000 of the 15,011 rows of Dolly."),
         ),
     ),
     Task(
@@ -214,7 +214,7 @@ TASKS = by_name(
     Task(
         "alpaca_eval",
         _for_a_judge(alpaca_eval_example),
-        # the branch's folder is called eval, which datasets takes for a test split
+        # the branch's folder is called eval, which datasets treats as a test split
         hub={"test": (HubRows("tatsu-lab/alpaca_eval", split="test", file="alpaca_eval.json"),)},
         local={
             "test": (

@@ -1,32 +1,34 @@
-r"""MetaMathQA to learn from, GSM8K to be scored on: the data of PEFT's method comparison.
+r"""MetaMathQA for training, GSM8K for scoring: the data of PEFT's method comparison.
 
 The protocol is that of https://github.com/huggingface/peft at 5d602fdbff04, `method_comparison/MetaMathQA`
-(Apache-2.0; facts are taken over, no code). Train rows: MetaMathQA (Yu et al. 2023, arXiv:2309.12284; MIT), 395,000
-answers of a language model to rewritten questions of GSM8K and MATH::
+(Apache-2.0; only facts are used, no code). Train rows: MetaMathQA (Yu et al. 2023, arXiv:2309.12284; MIT), 395,000
+answers of a language model to rewritten questions from GSM8K and MATH::
 
     {"type": "GSM_Rephrased", "query": "What is ...?", "original_question": "...",
      "response": "We add ...\n#### 12\nThe answer is: 12"}
 
-Validation and test rows: GSM8K, as in :mod:`.gsm8k`. The model reads the question in one sentence
-and learns, or generates, what follows "Answer:".
+Validation and test rows: GSM8K, as in :mod:`.gsm8k`. The prompt contains the question and ends in "Answer:"; the model
+learns or generates the text after it.
 
-- Train: rows whose question and response have at most 1,300 characters together, a blank between them included. No row
-  of GSM8K train is learnt together with them.
+- Train: rows whose question and response have at most 1,300 characters together, including a blank between them. Rows
+  of GSM8K train are not used for training.
 - Validation: the first 50 GSM8K train rows in the order of numpy's legacy shuffle seeded with `data.split_seed` (0
-  there). MetaMathQA was made from GSM8K train: its rows ask many of these questions again, and stay, as there. The
-  number of such rows is logged. Validation scores are high for that reason; test questions occur in neither.
+  in the protocol). MetaMathQA was made from GSM8K train, so its rows repeat many of these questions. As in the
+  protocol, they are kept, and their number is logged. Validation scores are therefore high; test questions occur in
+  neither.
 - Test: all 1,319 rows of GSM8K test.
 
-Two things differ from the protocol. Its loss covers question and response, here it covers the response (and the end of
-the text). It reads the first 20,000 of the rows in 5,000 steps of 4, in buckets of 80; here they are drawn.
+There are two differences from the protocol. Its loss covers question and response, whereas ours covers the response
+(and the end of the text). It reads the first 20,000 rows in 5,000 steps of 4, in buckets of 80; here rows are drawn.
 
-Scores of what is generated after the prompt (there, of prompt and text together):
+Scores of the text generated after the prompt (in the protocol, of prompt and text together):
 
 - `accuracy`, as published. The answer is what follows the last "The answer is: ", or else "The answer is ", "The final
   answer is: ", "The final answer is ", "#### ", up to the end of the line, without blanks and . ! ? $ % at its ends.
   Numbers and fractions ("20/14") are compared as floating-point numbers, everything else as text: "2,125" is not a
-  number, so a gold answer with a comma wants the comma.
-- `last_number_accuracy`: the last number of the text within 1e-3 of the gold one, commas gone, as in the gsm8k family.
+  number, so a gold answer with a comma must be matched with the comma.
+- `last_number_accuracy`: whether the last number of the text, without commas, is within 1e-3 of the gold number, as in
+  the gsm8k family.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ from .extraction import equals, last_number
 log = logging.getLogger(__name__)
 
 QUESTION, ANSWER = "Question: ", " Think step by step.\nAnswer:"
-MOST_CHARACTERS = 1300  # of question, blank and response
+MOST_CHARACTERS = 1300  # in question, blank and response
 TRIGGERS = ("The answer is: ", "The answer is ", "The final answer is: ", "The final answer is ", "#### ")
 
 
@@ -58,13 +60,13 @@ def prompt(question: str) -> str:
 
 
 def metamath(row: Row) -> Example:
-    """Return the example of {query, response}; a response that states no answer has an empty one, as none is scored."""
+    """Return the example of {query, response}; the answer may be empty, because train rows are not scored."""
     query, response = text_in(row, "query"), text_in(row, "response")
     return Example("metamathqa", prompt(query), response, stated(response) or "")
 
 
 def gsm8k(row: Row) -> Example:
-    """Return the example of GSM8K's {question, answer with ####}, the answer as it is."""
+    """Return the example of GSM8K's {question, answer with ####}, with the answer as is."""
     answer = text_in(row, "answer")
     gold = stated(answer)
     if gold is None:
@@ -89,7 +91,7 @@ def stated(text: str) -> str | None:
 
 
 def number(text: str) -> float | None:
-    """Return the value of a decimal number or a fraction of two; None for another text.
+    """Return the value of a decimal number or a fraction; None for any other text.
 
     >>> number("3/4"), number("1,000"), number("7/0")
     (0.75, None, None)
@@ -99,12 +101,12 @@ def number(text: str) -> float | None:
         if len(parts) > 2 or (len(parts) == 2 and parts[1] == 0):
             return None
         return float(parts[0] if len(parts) == 1 else parts[0] / parts[1])
-    except (ArithmeticError, ValueError):  # no number, out of range, a signalling NaN
+    except (ArithmeticError, ValueError):  # not a number, out of range, or a signalling NaN
         return None
 
 
 def score(texts: Sequence[str], example: Example) -> Judgement:
-    """Score generated texts by the answer they state, and by their last number."""
+    """Score generated texts by their stated answer, and by their last number."""
     answers = [stated(text) for text in texts]
     right = sum(_same(answer, example.answer) for answer in answers) / len(texts)
     gold = last_number(example.answer)
@@ -120,28 +122,28 @@ def _same(answer: str | None, gold: str) -> bool:
 
 
 def carve(examples: Sequence[Example], size: int, seed: int, stratum: Any = None) -> Carved:
-    """Take `size` GSM8K rows as validation; train on the MetaMathQA rows that are short enough."""
+    """Use `size` GSM8K rows for validation, and train on the MetaMathQA rows that are short enough."""
     theirs = [example for example in examples if example.task == "gsm8k"]
     if not 0 <= size <= len(theirs):
         raise ValueError(
-            f"data.validation_size must lie in 0..{len(theirs)}, the GSM8K train rows; got {size}. Validation needs "
-            "both tasks: data.train_tasks=[metamathqa,gsm8k]"
+            f"data.validation_size must be in 0..{len(theirs)}, the number of GSM8K train rows; got {size}. Validation "
+            "needs both tasks: data.train_tasks=[metamathqa,gsm8k]"
         )
     ours = [example for example in examples if example.task == "metamathqa"]
     frame = len(QUESTION) + len(ANSWER) - 1  # the blank between question and response counts
     train = [e for e in ours if len(e.prompt) - frame + len(e.target) <= MOST_CHARACTERS]
     if not train:
         raise ValueError(
-            f"none of {len(ours)} MetaMathQA rows is left to train on, of {MOST_CHARACTERS} characters or fewer: "
-            "data.train_tasks must name metamathqa"
+            f"none of the {len(ours)} MetaMathQA rows has at most {MOST_CHARACTERS} characters; data.train_tasks must "
+            "include metamathqa"
         )
-    order = np.random.RandomState(seed).permutation(len(theirs))  # the legacy generator is frozen for good
+    order = np.random.RandomState(seed).permutation(len(theirs))  # the legacy generator never changes
     validation = [theirs[i] for i in order[:size]]
     asked = {normalized(example.prompt) for example in validation}
     again = sum(normalized(example.prompt) in asked for example in train)
     log.info(
-        "%d of %d MetaMathQA rows have more than %d characters and are left out; %d train rows ask a validation "
-        "question again and stay", len(ours) - len(train), len(ours), MOST_CHARACTERS, again,
+        "skipped %d of %d MetaMathQA rows with more than %d characters; %d train rows repeat a validation question "
+        "and are kept", len(ours) - len(train), len(ours), MOST_CHARACTERS, again,
     )  # fmt: skip
     return train, validation
 

@@ -1,7 +1,7 @@
 r"""Reading comprehension with four choices: RACE (middle, high) and QuAIL.
 
-The prompt is a passage and, after it, LLM-Adapters' multiple-choice text of the commonsense tasks, so that a
-passage longer than `data.max_length` loses its beginning and never the question::
+The prompt is a passage followed by LLM-Adapters' multiple-choice text of the commonsense tasks, so a prompt that
+exceeds `data.max_length` loses the beginning of its passage and never the question::
 
     Passage: Tom put the cake on the bench. ...
 
@@ -11,8 +11,8 @@ passage longer than `data.max_length` loses its beginning and never the question
 
     Answer format: answer1/answer2/answer3/answer4
 
-The target is "the correct answer is answer1"; an answer must equal the gold one exactly, as there. This rendering is
-ours: no published one of these tasks has the form.
+The target is "the correct answer is answer1"; as in the commonsense tasks, an answer must equal the gold answer
+exactly. This rendering is ours; none has been published for these tasks in this form.
 
 | task | train rows | test rows (split) | licence |
 |---|---|---|---|
@@ -20,14 +20,14 @@ ours: no published one of these tasks has the form.
 | race_high | 62,445 | 3,498 (test) | research use only, no redistribution |
 | quail | 10,246 | 2,164 (development) | CC BY-NC-SA 4.0 |
 
-RACE: Lai et al. 2017, arXiv:1704.04683; hub rows are {example_id, article, answer: "A", question, options}. The
-original files hold one article each: {id, article, questions, options, answers}; both forms may be in
-`race_high/train.jsonl` and so on, an article or a question a line.
-QuAIL 1.3: Rogers et al. 2020, https://github.com/text-machine-lab/quail, XML; its test answers are not public, and
-its development rows are what papers report.
+RACE: Lai et al. 2017, arXiv:1704.04683; rows on the hub are {example_id, article, answer: "A", question, options}. The
+original files contain one article each: {id, article, questions, options, answers}. Files such as
+`race_high/train.jsonl` can have either format, with one article or one question per line.
+QuAIL 1.3: Rogers et al. 2020, https://github.com/text-machine-lab/quail, XML. Its test answers are not public; papers
+report results on its development rows.
 
-Validation rows are whole passages (`passages.carve_passages`): at least `data.validation_size` rows, and less than one
-passage more.
+Validation rows are whole passages (`passages.carve_passages`): at least `data.validation_size` rows, exceeded by less
+than one passage.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ REQUEST = "choose the correct answer to the question: "
 def multiple_choice(task: str, passage: str, question: str, choices: Sequence[str], gold: int) -> Example:
     """Return the example of a question about a passage; `gold` is the index of the right choice."""
     if not 0 <= gold < len(choices):
-        raise ValueError(f"the answer must be one of {len(choices)} choices; got number {gold + 1}")
+        raise ValueError(f"the answer must be one of the {len(choices)} choices; got number {gold + 1}")
     asked = prompt_about(passage, REQUEST, question)
     return example_of(task, *with_choices(asked, "answer", [choice.strip() for choice in choices], gold))
 
@@ -67,7 +67,7 @@ def race(task: str, row: Row) -> Example:
 
 
 def read_articles(path: Path) -> Rows:
-    """Yield one row a question, from rows that hold one question or, as RACE's own files, an article with several."""
+    """Yield one row per question, from rows with one question or, as in RACE's own files, an article with several."""
     for row, where in read_file(path):
         if "questions" not in row:
             yield row, where
@@ -77,7 +77,7 @@ def read_articles(path: Path) -> Rows:
             parts = [list_in(row, name) for name in ("questions", "options", "answers")]
             if len({len(part) for part in parts}) != 1:
                 counts = ", ".join(str(len(part)) for part in parts)
-                raise ValueError(f"questions, options and answers must be as many; got {counts}")
+                raise ValueError(f"questions, options and answers must be of equal length; got {counts}")
         for i, (question, options, answer) in enumerate(zip(*parts, strict=True)):
             found = {"article": article, "question": question, "options": options, "answer": answer}
             yield found, f"{where}, question {i}"
@@ -95,7 +95,7 @@ def quail(row: Row) -> Example:
 
 
 def read_quail(path: Path) -> Rows:
-    """Yield one row a question of QuAIL's XML, with the columns of the hub that are read."""
+    """Yield one row per question of QuAIL's XML, with those columns of the hub that are used."""
     text = "".join(text_lines(path))
     try:
         root = ElementTree.fromstring(text)
@@ -109,7 +109,7 @@ def read_quail(path: Path) -> Rows:
             answers = q.findall("a")
             right = [i for i, answer in enumerate(answers) if answer.get("correct") == "True"]
             if len(right) != 1:
-                raise ValueError(f"{where}: one answer must be marked correct; got {len(right)}")
+                raise ValueError(f"{where}: exactly one answer must be marked correct; got {len(right)}")
             row = {
                 "context": context,
                 "question": (q.text or "").strip(),
@@ -153,6 +153,6 @@ FAMILY = Family(
     version=1,
     tasks=TASKS,
     score=exact_match(extract),
-    max_new_tokens=32,  # as the commonsense tasks, which have the same targets
+    max_new_tokens=32,  # as for the commonsense tasks, which have the same targets
     carve=carve_passages,
 )

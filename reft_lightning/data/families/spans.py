@@ -1,27 +1,27 @@
 r"""Reading comprehension with answers in the passage's own words: SQuAD 1.1 and the English part of XQuAD.
 
-The passage comes first, so that a long one loses its beginning and never the question::
+The passage comes first, so a long prompt loses the beginning of its passage and never the question::
 
     Passage: Tom put the cake on the bench. ...
 
     Please answer the question with words of the passage: Where is the cake?
 
-The target is "the correct answer is on the bench"; the answer of a text is what follows the phrase on its line. This
+The target is "the correct answer is on the bench"; the answer in a text is the rest of the line after this phrase. This
 rendering is ours. The measures are SQuAD's: `exact_match` and `f1` over words, each the best over the gold answers,
-after lower case, without punctuation, articles and superfluous white space (Rajpurkar et al. 2016, arXiv:1606.05250,
-section 6.1).
+compared in lower case without punctuation, articles and superfluous white space (Rajpurkar et al. 2016,
+arXiv:1606.05250, section 6.1).
 
 | task | train rows | test rows (split) | licence |
 |---|---|---|---|
 | squad | 87,599 | 10,570 (development; the test rows are not public) | CC BY-SA 4.0 |
 | xquad_en | none: set `train_tasks` | 1,190 questions of SQuAD's development rows | CC BY-SA 4.0 |
 
-Rows of the hub: {id, title, context, question, answers: {text: [...], answer_start: [...]}}; SQuAD's own JSON nests
+Rows on the hub: {id, title, context, question, answers: {text: [...], answer_start: [...]}}; SQuAD's own JSON nests
 them: {data: [{title, paragraphs: [{context, qas: [{id, question, answers: [{text, answer_start}]}]}]}]}.
 XQuAD: Artetxe et al. 2020, arXiv:1910.11856, https://github.com/google-deepmind/xquad.
 
-Validation rows are whole passages (`passages.carve_passages`): at least `data.validation_size` rows, and less than one
-passage more.
+Validation rows are whole passages (`passages.carve_passages`): at least `data.validation_size` rows, exceeded by less
+than one passage.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def extract(text: str) -> str | None:
-    r"""Return what follows the first trigger phrase on its line, stripped; None without the phrase.
+    r"""Return the rest of the line after the first trigger phrase, stripped; None without the phrase.
 
     >>> extract("the correct answer is on the bench \nPassage: ...")
     'on the bench'
@@ -58,7 +58,7 @@ def extract(text: str) -> str | None:
 
 
 def words(answer: str) -> list[str]:
-    """Return the words of an answer that SQuAD compares.
+    """Return the words of an answer, normalised as in SQuAD.
 
     >>> words("The  Pro-Bowl, a game!")
     ['probowl', 'game']
@@ -67,9 +67,9 @@ def words(answer: str) -> list[str]:
 
 
 def f1(found: Sequence[str], gold: Sequence[str]) -> float:
-    """Return the harmonic mean of precision and recall of words, each counted as often as it occurs.
+    """Return the harmonic mean of precision and recall over words, counting repetitions.
 
-    Two answers of which one has no words at all are right if neither has.
+    If either answer has no words, the score is 1 if both have none, otherwise 0.
 
     >>> f1(["pro", "bowl"], ["bowl"])
     0.6666666666666666
@@ -81,7 +81,7 @@ def f1(found: Sequence[str], gold: Sequence[str]) -> float:
 
 
 def score(texts: Sequence[str], example: Example) -> Judgement:
-    """Compare the answers of all texts with the gold ones and return the mean over the texts."""
+    """Score the answers of all texts against the gold answers and return the mean over the texts."""
     golds = [words(gold) for gold in json.loads(example.answer)]
     answers = [extract(text) for text in texts]
     found = [words(answer) for answer in answers if answer is not None]  # the others score 0
@@ -93,25 +93,27 @@ def score(texts: Sequence[str], example: Example) -> Judgement:
 
 
 def span(task: str, row: Row) -> Example:
-    """Return the example of {context, question, answers}; its answer is a JSON list of the gold texts."""
+    """Return the example of {context, question, answers}, whose answer is a JSON list of the gold texts."""
     texts = [" ".join(text.split()) for text in texts_in(column(row, "answers"), "text")]
     golds = list(dict.fromkeys(text for text in texts if text))
     if not golds:
-        raise ValueError("the row has no answer; questions without one (SQuAD 2.0) are not covered")
+        raise ValueError("the row has no answer; questions without answers (SQuAD 2.0) are not supported")
     passage, question = (text_in(row, part) for part in ("context", "question"))
     prompt = prompt_about(passage, REQUEST, question) + "\n"
     return Example(task, prompt, TRIGGER + golds[0], json.dumps(golds, ensure_ascii=False))
 
 
 def read_squad(path: Path) -> Rows:
-    """Yield one row a question of SQuAD's nested JSON, with the columns of the hub."""
+    """Yield one row per question of SQuAD's nested JSON, with the hub's columns."""
     label = f"{path.parent.name}/{path.name}"
     try:
         whole = parse_json("".join(text_lines(path)), str(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
     if not isinstance(whole, dict):
-        raise ValueError(f"{path}: SQuAD's JSON is an object with a list 'data'; got {type(whole).__name__}")
+        raise ValueError(
+            f"{path}: SQuAD's JSON must be an object with a list 'data'; got {type(whole).__name__}"
+        )
     with naming(label):
         articles = list_in(whole, "data")
     for i, article in enumerate(articles):

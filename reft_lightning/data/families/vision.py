@@ -1,9 +1,9 @@
-r"""Questions about pictures: rows of one's own, and of the hub, that name a picture or hold it.
+r"""Questions about pictures: custom rows and hub rows that name a picture or contain it.
 
     reft-train model=smolvlm_256m data=vqa data.path=FOLDER
     reft-train model=smolvlm_256m data=llava data.path=llava_instruct.json data.image_folder=FOLDER
 
-Two kinds of rows:
+There are two kinds of rows:
 
     {"image": "cats/1.jpg", "question": "How many?", "answers": ["2", "two", "2"]}
     {"image": "cats/1.jpg", "conversations": [{"from": "human", "value": "<image>\nHow many?"},
@@ -11,21 +11,22 @@ Two kinds of rows:
 
 | setting | meaning |
 |---|---|
-| `path`, `validation_path`, `test_path`, `source` | as for `data=custom`: files and folders in any of its formats, or a data set of the hub |
-| `image` | the column of the picture: the name of a file, a list of names, or bytes as the hub's tables have them; empty for a row without one |
-| `image_folder` | what names of files are relative to; the folder of the rows unless given |
-| `prompt`, `target` | the columns of the question and of its answer; an answer may be a list of what several people said (texts, or VQA's objects with `answer`), of which the commonest is learnt |
-| `messages` | instead of both, a column of conversations, in LLaVA's form or OpenAI's: the last answer is learnt |
+| `path`, `validation_path`, `test_path`, `source` | as for `data=custom`: files and folders in any of its formats, or a hub dataset |
+| `image` | the picture column: a file name, a list of file names, or bytes as in the hub's tables; empty for a row without a picture |
+| `image_folder` | the folder that file names are relative to; defaults to the folder of the rows |
+| `prompt`, `target` | the question and answer columns; an answer can be a list of several people's answers (texts, or VQA's objects with `answer`), of which the most common is learnt |
+| `messages` | instead of both, a column of conversations in LLaVA's or OpenAI's format; the last answer is learnt |
 
-`<image>` marks where a picture stands in a text; without a mark pictures come first. The template is `chat`, that of the
-model's processor; a processor without one (PaliGemma's) needs `data.template=plain`.
+`<image>` marks the place of a picture in a text; without marks, pictures come first. The template is `chat`, from the
+model's processor; a processor without a chat template (PaliGemma's) needs `data.template=plain`.
 
 A question is scored by VQA accuracy (`vqa_accuracy.py`; a row with one answer counts as if ten people had given it) and
-by exact match with what is learnt; a conversation by exact match, and its checkpoints are chosen by the loss.
+by exact match with the learnt answer. A conversation is scored by exact match, and its checkpoints are selected by the
+loss.
 
-Changes: version 4 tokenizes answers after their prompts, which leaves out a second blank of Llama's tokenizer; version 3
-reads grey pictures of 16 bits over their whole range, answers that a CSV file holds as a JSON list, and ".5" as another
-number than "5"; version 2 turns photographs as their cameras were held (EXIF); version 1, first version.
+Changes: version 4 tokenises answers after their prompts, which avoids a second blank from Llama's tokenizer; version 3
+reads 16-bit grey pictures over their whole range, answers given as a JSON list in a CSV file, and ".5" as a different
+number from "5"; version 2 rotates photographs by their EXIF orientation; version 1, first version.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ from .vqa_accuracy import vqa_accuracy
 
 TASK = "vision"
 MAX_NEW_TOKENS = 64
-TEMPLATE = "chat"  # where data.template names no other
-PEOPLE = 10  # of VQA; a single answer counts as theirs
+TEMPLATE = "chat"  # the default of data.template
+PEOPLE = 10  # answers per question in VQA; a single answer counts as this many
 
 
 def vision_family(
@@ -62,19 +63,19 @@ def vision_family(
     test_path: str | None = None,
     template: str | None = None,
 ) -> Family:
-    """Return the family of rows with pictures; its one task is `vision`. The arguments are those of the table above.
+    """Return the family of rows with pictures, with the single task `vision`; see the table above for the arguments.
 
     Raises:
-        ValueError: for settings that are missing or exclude each other, or a column that all of the first rows lack.
-        FileNotFoundError: if there is no such file or folder, or no train file in it.
+        ValueError: for missing or conflicting settings, or a column that none of the first rows has.
+        FileNotFoundError: if the file or folder does not exist, or the folder has no train file.
     """
     tables = tables_of(path, source, validation_path, test_path)
     if not image:
-        raise ValueError("rows with pictures need data.image, the column that names them")
+        raise ValueError("rows with pictures need data.image, the picture column")
     if bool(messages) == bool(prompt or target) or bool(prompt) != bool(target):
         raise ValueError(
-            "rows with pictures need data.prompt and data.target, the columns of a question and its answer, or "
-            f"data.messages, one of conversations; got prompt={prompt!r}, target={target!r}, messages={messages!r}"
+            "rows with pictures need either data.prompt and data.target, the question and answer columns, or "
+            f"data.messages, a column of conversations; got prompt={prompt!r}, target={target!r}, messages={messages!r}"
         )
     place = Path(image_folder or str(path)).expanduser().absolute()
     folder = place if image_folder or place.is_dir() else place.parent
@@ -98,7 +99,7 @@ def vision_family(
 
 @dataclass(frozen=True)
 class SeenRows:
-    """Make examples of rows with pictures."""
+    """Turn rows with pictures into examples."""
 
     image: str
     folder: Path
@@ -108,7 +109,7 @@ class SeenRows:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the columns that every row has; of conversations some may lack pictures, as in LLaVA's rows."""
+        """Return the required columns; conversations need no picture column, as LLaVA has rows without it."""
         return (self.messages,) if self.messages else (str(self.prompt), str(self.target), self.image)
 
     def __call__(self, row: Row) -> Example:
@@ -125,7 +126,7 @@ class SeenRows:
             if not text.strip():
                 raise ValueError(f"the row has no {what}")
         if MARK in answer:
-            raise ValueError(f"the answer holds the mark {MARK}; a picture can only be seen, not learnt")
+            raise ValueError(f"the answer contains the mark {MARK}; pictures can only be in the question")
         turns, prompt = marked(turns, prompt, pictures)
         answer = answer.strip()
         recorded = {"picture": ", ".join(picture.name for picture in pictures)} if pictures else {}
@@ -136,7 +137,7 @@ class SeenRows:
 
 
 def _people(value: Any, name: str) -> tuple[str, ...]:
-    """Return what each person answered."""
+    """Return each person's answer."""
     if isinstance(value, str) and (listed := json_list(value)) is not None:
         value = listed
     parts = value if isinstance(value, list | tuple) else [value]
@@ -148,7 +149,7 @@ exact = exact_match(lambda text: text.strip() or None, measure="exact_match")
 
 
 def judge(texts: Sequence[str], example: Example) -> Judgement:
-    """Return VQA accuracy and exact match of the texts of a question, as means over them."""
+    """Return VQA accuracy and exact match, averaged over the texts of a question."""
     people = example.references or (example.answer,) * PEOPLE
     accuracy = sum(vqa_accuracy(text, people) for text in texts) / len(texts)
     answer, scores = exact(texts, example)

@@ -1,14 +1,15 @@
-r"""The accuracy of visual question answering, where people do not agree on the answer.
+r"""The accuracy of visual question answering, for questions on which people disagree.
 
 .. math:: \mathrm{Acc}(a) = \frac{1}{n} \sum_{i=1}^{n} \min(c_i / 3, 1)
 
-with the answers of n people (ten in VQA), of whom c_i besides person i gave a: an answer is right if three of the
-others gave it, and the mean is over all ways to leave one person out. Of fewer than four people, all others must have
-given it. Source: Antol et al. 2015, arXiv:1505.00468, and the evaluation page of https://visualqa.org.
+for the answers of n people (ten in VQA), where c_i people other than person i gave the answer a. An answer is fully
+correct if three of the others gave it, and the mean is over all ways to leave one person out. With fewer than four
+people, all others must have given it. Source: Antol et al. 2015, arXiv:1505.00468, and the evaluation page of
+https://visualqa.org.
 
 Answers are compared in lower case, without articles, sentence punctuation and apostrophes, and with number words as
-digits. The official script does so where people disagree, with a table of contractions instead of leaving apostrophes
-out on both sides; a comma between two digits is left out in both.
+digits. The official script does this only if people disagree, and uses a table of contractions instead of removing
+apostrophes on both sides; both remove commas between digits.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ ARTICLES = ("a", "an", "the")
 NUMBERS = ("none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 DIGITS = {word: str(max(i - 1, 0)) for i, word in enumerate(NUMBERS)}
 _BETWEEN_DIGITS = re.compile(r"(?<=\d),(?=\d)")
-_POINT = re.compile(r"\.(?!\d)")  # not a decimal point, which .5 has too
+_POINT = re.compile(r"\.(?!\d)")  # not a decimal point; .5 has one too
 _APOSTROPHES = re.compile("['\u2019`]")
 _PUNCTUATION = re.compile(r"""[;/\[\]"{}()=+\\_\-><@,?!:]""")
 
 
 def comparable(answer: str) -> str:
-    """Return an answer in the form in which answers are compared.
+    """Return an answer in normalised form, for comparison.
 
     >>> comparable("The two dogs.")
     '2 dogs'
@@ -40,7 +41,7 @@ def comparable(answer: str) -> str:
 
 
 def vqa_accuracy(answer: str, people: Sequence[str]) -> float:
-    """Return the accuracy of an answer, 0..1, by those of people.
+    """Return the accuracy of an answer, 0..1, given the answers of people.
 
     >>> vqa_accuracy("Red.", ["red"] * 3 + ["pink"] * 7)
     0.9
@@ -48,9 +49,9 @@ def vqa_accuracy(answer: str, people: Sequence[str]) -> float:
     1.0
     """
     if not people:
-        raise ValueError("an accuracy over people's answers needs at least one")
+        raise ValueError("VQA accuracy needs the answer of at least one person")
     given = comparable(answer)
     same = [comparable(person) == given for person in people]
     others = (sum(same) - own for own in same)
-    enough = max(min(ENOUGH, len(same) - 1), 1)  # all others, where there are fewer
+    enough = max(min(ENOUGH, len(same) - 1), 1)  # all others, if there are fewer
     return sum(min(count / enough, 1.0) for count in others) / len(same)

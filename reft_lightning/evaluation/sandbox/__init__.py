@@ -1,1 +1,1 @@
-"""Run programs that a model wrote."""
+"""Run programs written by a model."""

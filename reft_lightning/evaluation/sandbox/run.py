@@ -1,31 +1,31 @@
-"""Run generated programs in a sandbox: does a program reach its last line, its tests included?
+"""Run generated programs in a sandbox: does a program run to its last line, including its tests?
 
-Each program gets a process of its own (a fresh interpreter without site-packages, with a scrubbed environment),
-a session of its own that is killed as a whole, and a temporary folder that is removed. It has no input and no
-output, no network, and limits on time, memory, files and processes; `confinement.py` explains how.
+Each program gets its own process (a fresh interpreter without site-packages, with a scrubbed environment), its own
+session, which is killed as a whole, and a temporary folder, which is removed afterwards. It has no input, output or
+network, and limits on time, memory, files and processes; `confinement.py` explains how.
 
 What this does not cover:
 
-- The limits of writing, network and processes are enforced by the kernel where it has Landlock and seccomp (Linux on
-  x86_64 and arm64, outside containers that forbid them; a warning is logged if a guard is missing). Elsewhere only
-  Python's audit hook enforces them, which is not a boundary for a malicious program: it can be evaded, it sees nothing
-  of native code, and Python does not report everything to it (`os.mkfifo`, `os.setpriority` and
-  `os.sched_setaffinity` of the evaluator, in some versions threads).
-- A program may read every file that this user may read, and see what `/proc` shows. It cannot send it anywhere,
-  but run programs where nothing is secret.
-- Not every change to files is writing: with the hook evaded, a program can change modes and times of files that
-  this user owns.
-- Memory is limited for each process (of which there is one), disk by size and number of the files it makes. With the
-  hook evaded, files are counted every 0.1 s: a program can make more in between, and is then killed.
-- The processor is not reserved: programs share it with whatever else runs.
-- pass@k is not safe against adversarial training. A program that looks for it passes falsely in about ten lines: it
+- The limits on writing, network and processes are enforced by the kernel if it has Landlock and seccomp (Linux on
+  x86_64 and arm64, except in containers that forbid them; a warning is logged if a guard is missing). Otherwise they
+  are enforced only by Python's audit hook, which is not a security boundary against a malicious program: it can be
+  evaded, it does not see native code, and Python does not report everything to it (`os.mkfifo`, `os.setpriority` and
+  `os.sched_setaffinity` on the evaluator, in some versions threads).
+- A program can read every file that this user can read, and see everything that `/proc` shows. It cannot send data
+  anywhere, but still run programs only where nothing is secret.
+- Not every change to files counts as writing: with the hook evaded, a program can change the modes and times of files
+  that this user owns.
+- Memory is limited per process (there is only one), and disk use by the size and number of files it creates. With the
+  hook evaded, files are counted every 0.1 s: a program can create more in between, but is then killed.
+- The processor is not reserved: programs share it with everything else that runs.
+- pass@k is not safe against adversarial training. A program that tries to cheat can pass falsely in about ten lines: it
   reads the token from the inherited descriptor and writes the report itself, or returns an `int` subclass whose
-  `__eq__` is always true. What is caught is leaving early and printing, not a program written to cheat: use this to
-  measure models, never as the reward of reinforcement learning.
+  `__eq__` is always true. Exiting early and printing are detected, but not a program written to cheat: use this to
+  measure models, never as a reward in reinforcement learning.
 - Flaws of the kernel and of the interpreter.
 
-For programs of a model that you do not trust, run the whole evaluation in a container or virtual machine without
-network, as an unprivileged user, which this sandbox then divides further.
+For programs from a model that you do not trust, run the whole evaluation in a container or virtual machine without
+network, as an unprivileged user; this sandbox is then an additional layer.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ from typing import NamedTuple
 
 log = logging.getLogger(__name__)
 
-STARTING_SECONDS = 60.0  # for the interpreter to start on a busy machine; the program's own time begins after
-COUNT_SECONDS = 0.1  # between two counts of the files in the program's folder
+STARTING_SECONDS = 60.0  # for the interpreter to start on a busy machine, not counted for the program
+COUNT_SECONDS = 0.1  # interval between counts of the files in the program's folder
 REPORT_BYTES = 4096
 GUARDS = ("landlock", "seccomp")
 
 
 class Outcome(NamedTuple):
-    """What became of a program.
+    """The outcome of running a program.
 
     Args:
-        passed: whether its last line ran.
-        reason: `"passed"`, or why not, in one line.
+        passed: whether it ran to its last line.
+        reason: `"passed"`, or in one line why it did not.
     """
 
     passed: bool
@@ -70,15 +70,15 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use.
+    """The resources that one program may use.
 
     Args:
-        seconds: of processor time, rounded up to whole seconds, so that the verdict hardly depends on the machine's
-            load. 3 is the timeout of the published HumanEval scorer, which measures wall-clock time.
-        wall_seconds: of wall-clock time, for programs that wait.
-        memory_bytes: of address space, the interpreter included.
-        file_bytes: the size of one file.
-        files: how many files and folders it may make or open for writing.
+        seconds: processor time, rounded up to whole seconds, so that the result hardly depends on the machine's load.
+            3 is the timeout of the published HumanEval scorer, which measures wall-clock time.
+        wall_seconds: wall-clock time, for programs that wait.
+        memory_bytes: address space, including the interpreter.
+        file_bytes: maximum size of a file.
+        files: maximum number of files and folders that it may create or open for writing.
     """
 
     seconds: float = 3.0
@@ -96,21 +96,21 @@ class Limits:
 def run_program(source: str, limits: Limits | None = None) -> Outcome:
     """Run a program in the sandbox.
 
-    It passes if it runs to its end. An exception, a refused action, `sys.exit(0)` and `os._exit(0)` before the
-    end, a crash or a limit make it fail; its output is discarded. Its module is called `program`, so that a block under
-    `if __name__ == "__main__"` is not run.
+    It passes if it runs to its end. It fails on an exception, a refused action, `sys.exit(0)` or `os._exit(0)` before
+    the end, a crash, or when it reaches a limit. Its output is discarded. Its module is called `program`, so a block
+    under `if __name__ == "__main__"` is not run.
 
     Args:
-        source: Python text, its tests at the end.
-        limits: None for the defaults of :class:`Limits`.
+        source: Python source code with its tests at the end.
+        limits: resource limits; None for the defaults of :class:`Limits`.
 
     Raises:
-        RuntimeError: if the sandbox itself does not start; with what it reported.
+        RuntimeError: if the sandbox itself does not start; includes its report.
         OSError: on systems without POSIX limits.
     """
     if os.name != "posix":
         raise OSError(
-            f"programs are limited by POSIX means, which {sys.platform} does not have: use Linux or a container"
+            f"the sandbox needs POSIX resource limits, which {sys.platform} does not have: use Linux or a container"
         )
     limits = limits or Limits()
     folder = tempfile.TemporaryDirectory(prefix="reft-program-")
@@ -119,14 +119,14 @@ def run_program(source: str, limits: Limits | None = None) -> Outcome:
     finally:
         try:
             folder.cleanup()
-        except OSError as error:  # what a program did must not end the evaluation
+        except OSError as error:  # a program's files must not end the evaluation
             log.warning("%s could not be removed: %s", folder.name, error)
 
 
 def run_programs(sources: Sequence[str]) -> list[Outcome]:
-    """Run programs side by side, each text once, and return their outcomes in the order given.
+    """Run programs in parallel, identical ones only once, and return their outcomes in the given order.
 
-    So many run at a time as this process has processors for its share, at most 8.
+    At most as many run at a time as this process has processors in its share, and never more than 8.
     """
     distinct = list(dict.fromkeys(sources))
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
@@ -137,7 +137,7 @@ def run_programs(sources: Sequence[str]) -> list[Outcome]:
 
 
 def _run_in(folder: str, source: str, limits: Limits) -> Outcome:
-    # what cannot be encoded (half a surrogate pair) becomes "?", as no program needs it
+    # what cannot be encoded (an unpaired surrogate) becomes "?", because no program needs it
     Path(folder, "program.py").write_bytes(source.encode("utf-8", "replace"))
     token = secrets.token_hex(16)
     token_read, token_write = os.pipe()
@@ -152,43 +152,43 @@ def _run_in(folder: str, source: str, limits: Limits) -> Outcome:
         try:
             lines, ended = _listen(report.fileno(), folder, limits)
         finally:
-            # before waiting for the process, while its number cannot belong to another session
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # all of it has ended
+            # before waiting for the process, while its id cannot belong to another session
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # the whole session has ended
                 os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
     if not lines or not lines[0].startswith("ready"):
         reported = (
-            lines[0] if lines else f"it ended with code {code}" if ended else "it was not ready in time"
+            lines[0] if lines else f"it exited with code {code}" if ended else "it was not ready in time"
         )
-        raise RuntimeError(f"the sandbox of generated programs did not start: {reported}")
+        raise RuntimeError(f"the sandbox for generated programs did not start: {reported}")
     _warn_of_missing(tuple(name for name in GUARDS if name not in lines[0].split()))
     if _holds_more_than(limits.files, folder):
-        return Outcome(False, f"made more than {limits.files} files")
+        return Outcome(False, f"created more than {limits.files} files")
     verdict, _, rest = lines[1].partition(" ") if len(lines) > 1 else ("", "", "")
     if verdict == "passed" and secrets.compare_digest(rest.encode(), token.encode()):
         return Outcome(True, "passed")
     if verdict == "failed":
         return Outcome(False, rest)
     if code == -signal.SIGXCPU:
-        return Outcome(False, f"used more than {limits.seconds:g} s of the processor")
+        return Outcome(False, f"used more than {limits.seconds:g} s of processor time")
     if not ended:
         return Outcome(False, f"ran longer than {limits.wall_seconds:g} s")
     if code < 0:
         return Outcome(False, f"killed by {signal.Signals(-code).name}")
-    return Outcome(False, f"left with exit code {code} before its end")
+    return Outcome(False, f"exited with code {code} before its end")
 
 
 def _start(folder: str, limits: Limits, report: int, token: int) -> subprocess.Popen[bytes]:
     script = Path(__file__).with_name("confinement.py")
     settings = (limits.seconds, limits.memory_bytes, limits.file_bytes, limits.files)
     return subprocess.Popen(
-        # no user or installed packages, no folder of the script on the path, no byte code written
+        # no user or installed packages, the script's folder not on the path, no bytecode written
         [sys.executable, "-s", "-S", "-P", "-B", str(script), folder, *map(str, (report, token, *settings))],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd=folder,
-        # a fixed hash seed: a program that depends on the order of a set gets the same verdict each time
+        # a fixed hash seed, so that a program that depends on the order of a set always has the same outcome
         env={"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"},
         pass_fds=(report, token),
         start_new_session=True,
@@ -196,13 +196,13 @@ def _start(folder: str, limits: Limits, report: int, token: int) -> subprocess.P
 
 
 def _holds_more_than(files: int, folder: str) -> bool:
-    """Return whether a program made more files and folders than allowed, `program.py` not counted."""
+    """Return whether a program created more files and folders than allowed, not counting `program.py`."""
     made = (name for _, folders, names in os.walk(folder) for name in (*folders, *names))
     return sum(1 for _ in itertools.islice(made, files + 2)) > files + 1
 
 
 def _listen(report: int, folder: str, limits: Limits) -> tuple[list[str], bool]:
-    """Return the lines of a report until it ends, or time or files are up, and whether it ended."""
+    """Return the lines of a report until it ends or a limit on time or files is reached, and whether it ended."""
     poll = select.poll()
     poll.register(report, select.POLLIN)
     text = b""
@@ -216,7 +216,7 @@ def _listen(report: int, folder: str, limits: Limits) -> tuple[list[str], bool]:
         piece = os.read(report, REPORT_BYTES)
         if not piece:
             break
-        if b"\n" not in text and b"\n" in text + piece:  # ready: the program's own time begins
+        if b"\n" not in text and b"\n" in text + piece:  # ready, so the program's own time begins
             end = time.monotonic() + limits.wall_seconds
         text += piece
     return text.decode("utf-8", "replace").splitlines(), True
@@ -226,7 +226,7 @@ def _listen(report: int, folder: str, limits: Limits) -> tuple[list[str], bool]:
 def _warn_of_missing(guards: tuple[str, ...]) -> None:
     if guards:
         log.warning(
-            "this system has no %s: generated programs are confined by Python's audit hook instead, which a malicious "
-            "program can evade; run the evaluation in a container without network",
-            " and no ".join(guards),
+            "this system does not have %s, so generated programs are confined by Python's audit hook instead, which a "
+            "malicious program can evade; run the evaluation in a container without network",
+            " or ".join(guards),
         )

@@ -1,4 +1,4 @@
-"""What training minimises: one class an objective, chosen by ``objective`` of the configuration."""
+"""What training minimises: one class per objective, selected by ``objective`` in the configuration."""
 
 from .base import SFT, DifferenceInMeans, Objective, inputs_of, log_probs, reference
 from .interchange import CDAS, Interchange

@@ -1,17 +1,17 @@
-r"""An objective: the loss of a batch, from as many passes of the model as it takes.
+r"""Objectives: the loss of a batch, computed with as many passes of the model as it needs.
 
-The states of an adapted model that passes may be made in:
+A pass can run an adapted model in these ways:
 
 ===================================  ===============================================================================
 ``model(...)``                       with its edits
-``with reference(model):``           the frozen base: a reference model that costs no memory
-``with model.nulled():``             each edit replaced by the removal of what it would add (:class:`Steerable`)
-``adapter_names=[("default", a)]``   other strengths a, or another adapter, for each row (:class:`Steerable`)
-``row_values={"concept": ids}``      what is said of each row to edits that ask for it (:class:`Steerable`)
-``source_ids=...``                   other texts, whose hidden states edits take (:class:`Steerable`)
+``with reference(model):``           as the frozen base: a reference model that costs no memory
+``with model.nulled():``             with each edit replaced by removing what it would add (:class:`Steerable`)
+``adapter_names=[("default", a)]``   with other strengths a, or another adapter, for each row (:class:`Steerable`)
+``row_values={"concept": ids}``      with values for each row, for edits that need them (:class:`Steerable`)
+``source_ids=...``                   with source texts whose hidden states the edits use (:class:`Steerable`)
 ===================================  ===============================================================================
 
-One's own is a subclass, named by its import path (``objective._target_=mine.Mine``):
+To define your own, write a subclass and give its import path (``objective._target_=mine.Mine``):
 
     class Distil(Objective):
         def loss(self, module, batch):
@@ -44,20 +44,20 @@ class Objective:
     """The base of all objectives; a subclass defines :meth:`loss`, and its constructor's arguments are its options."""
 
     pairs: ClassVar[bool] = False
-    """Whether a batch holds each prompt twice: b rows with the target, then b with the answer that was rejected."""
+    """Whether a batch contains each prompt twice: b rows with the target, then b rows with the rejected answer."""
     steers: ClassVar[bool] = False
     """Whether it needs edits of several strengths, and a model that is :class:`Steerable`."""
     rewards: ClassVar[bool] = False
     """Whether the model is a classifier with one output, a reward for each text, instead of a language model."""
     closed_form: ClassVar[bool] = False
-    """Whether one step of SGD with lr 1 over all rows is its minimum, and any other step is not."""
+    """Whether one step of SGD with lr 1 over all rows reaches its minimum, and no other step does."""
 
     def loss(self, module: Any, batch: dict[str, Any]) -> Tensor:
         """Return the mean loss of a batch, a scalar with a gradient.
 
         Args:
-            module: the LightningModule: ``module.model`` is the adapted model, ``module.log`` notes further numbers.
-            batch: of :class:`~reft_lightning.data.encoding.Collator`.
+            module: the LightningModule; ``module.model`` is the adapted model, ``module.log`` logs additional values.
+            batch: a batch of :class:`~reft_lightning.data.encoding.Collator`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define loss(module, batch)")
 
@@ -65,24 +65,24 @@ class Objective:
         """Reject a model that cannot be trained by this objective, before weights are loaded.
 
         Args:
-            model: without weights.
-            method: what is known of its method, a :class:`~reft_lightning.adapters.methods.Method`.
+            model: the model without weights.
+            method: a description of its method, see :class:`~reft_lightning.adapters.methods.Method`.
 
         Raises:
-            ValueError: with the reason.
+            ValueError: if it cannot be trained; gives the reason.
         """
         if self.steers and model.config.heads:
             raise ValueError(
-                f"the objective {type(self).__name__} gives rows edits of other strengths, and a trained head "
-                f"({', '.join(model.config.heads)}) has none: set intervention.heads=[]"
+                f"the objective {type(self).__name__} varies the strength of edits, and trained heads "
+                f"({', '.join(model.config.heads)}) have none: set intervention.heads=[]"
             )
         if self.steers and not isinstance(model, Steerable):
             raise ValueError(
-                f"the objective {type(self).__name__} needs edits whose strength can be chosen, and "
+                f"the objective {type(self).__name__} needs edits with adjustable strength, and "
                 f"{model.config.method} has none: choose an intervention, such as intervention=bias"
             )
         if isinstance(model, Steerable) and self.steers:
-            with model.nulled():  # which refuses an intervention without null(h)
+            with model.nulled():  # raises if an intervention does not define null(h)
                 pass
 
 
@@ -90,16 +90,16 @@ class SFT(Objective):
     """Supervised finetuning: the mean next-token loss over the target's tokens."""
 
     def loss(self, module: Any, batch: dict[str, Any]) -> Tensor:
-        """Return the loss, with what interventions add to it."""
+        """Return the loss, which includes penalties of interventions."""
         output = module.output_of(inputs_of(batch), batch)
         penalty_of(module, output)
         return output.loss
 
 
 class DifferenceInMeans(Objective):
-    """What ``intervention=difference_in_means`` asks for: the difference between chosen and rejected answers.
+    """The objective for ``intervention=difference_in_means``: the difference between chosen and rejected answers.
 
-    It is exact after one step of SGD with lr 1 over all rows (``trainer=closed_form optimizer=closed_form
+    The result is exact after one step of SGD with lr 1 over all rows (``trainer=closed_form optimizer=closed_form
     scheduler=constant``).
     """
 
@@ -110,11 +110,11 @@ class DifferenceInMeans(Objective):
         super().check(model, method)
         if not method.closed_form:
             raise ValueError(
-                f"the objective DifferenceInMeans fits intervention=difference_in_means only; got {method.name}"
+                f"the objective DifferenceInMeans works only with intervention=difference_in_means; got {method.name}"
             )
 
     def loss(self, module: Any, batch: dict[str, Any]) -> Tensor:
-        """Return half the squared distance of the vectors from the differences."""
+        """Return half the squared distance between the vectors and the differences."""
         inputs = inputs_of(batch)
         sign = torch.ones(len(inputs["labels"]), device=inputs["labels"].device)
         sign[len(sign) // 2 :] = -1
@@ -122,7 +122,7 @@ class DifferenceInMeans(Objective):
 
 
 def penalty_of(module: Any, output: Any) -> Tensor | float:
-    """Return what interventions add to the loss of a pass, 0 for nothing; it is logged as ``train/penalty``."""
+    """Return the penalty that interventions add to the loss of a pass, or 0, and log it as ``train/penalty``."""
     if "penalty" not in output:
         return 0.0
     module.log("train/penalty", output["penalty"].detach())
@@ -131,7 +131,7 @@ def penalty_of(module: Any, output: Any) -> Tensor | float:
 
 @contextmanager
 def reference(model: AdaptedModel) -> Iterator[None]:
-    """Run exactly the frozen base inside the block, without dropout and without gradient."""
+    """Run exactly the frozen base inside the block, without dropout or gradients."""
     module: Any = model
     training = module.training
     model.eval()
@@ -143,9 +143,9 @@ def reference(model: AdaptedModel) -> Iterator[None]:
 
 
 def inputs_of(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return what the model takes of a batch, with the logits and labels of the target's columns only.
+    """Return the model's inputs from a batch, with logits and labels only for the target's columns.
 
-    Where the target is a text of its own, all columns are the target's.
+    If the target is a separate text, all columns of the labels belong to it.
     """
     laid = target_only(batch) if "boundary" in batch else batch
     return {name: value for name, value in laid.items() if name not in NOT_INPUTS}

@@ -1,7 +1,7 @@
-r"""Objectives of two prompts: with the hidden states of the source prompt in a subspace, what would the model say?
+r"""Objectives with two prompts: what would the model answer with the source prompt's hidden states in a subspace?
 
-Rows bring both (``data.source_prompt``), and the target: what a causal model says whose variable has the source's
-value. Interventions that take hidden states of other texts (``das`` and its kin) put them in.
+Rows contain both prompts (``data.source_prompt``), and as the target the answer of a causal model whose variable has
+the source's value. Interventions that take hidden states of other texts (``das`` and its variants) insert them.
 
 Shapes: b rows, t target columns, n target tokens, v tokens of the vocabulary.
 """
@@ -21,22 +21,23 @@ from .base import Objective, inputs_of, penalty_of, reference
 class Interchange(Objective):
     r"""Distributed alignment search: the next-token loss of the counterfactual target.
 
-    ``train/iia`` is the share of rows whose target is the likeliest text, the interchange intervention accuracy; on
-    validation rows it is ``val/<task>/accuracy``, of texts that are generated. What interventions anneal goes with the
-    steps. Source: Geiger et al. 2023, arXiv:2303.02536; boundless: Wu et al. 2023, arXiv:2305.08809.
+    ``train/iia`` is the interchange intervention accuracy, the share of rows where each token of the target is the
+    likeliest; on validation rows it is ``val/<task>/accuracy``, computed from generated texts. Interventions are
+    annealed over the training steps. Source: Geiger et al. 2023, arXiv:2303.02536; boundless: Wu et al. 2023,
+    arXiv:2305.08809.
     """
 
     def check(self, model: AdaptedModel, method: Any) -> None:
-        """Reject methods that take no hidden states of other texts."""
+        """Reject methods that do not take hidden states of other texts."""
         super().check(model, method)
         if not method.takes_source:
             raise ValueError(
-                f"the objective {type(self).__name__} puts hidden states of another prompt into this one, and "
-                f"{method.name} takes none: choose intervention=das, boundless_das or cdas"
+                f"the objective {type(self).__name__} inserts hidden states of a source prompt, and {method.name} "
+                "does not take any: choose intervention=das, boundless_das or cdas"
             )
 
     def loss(self, module: Any, batch: dict[str, Any]) -> Tensor:
-        """Return the mean loss of the target, with what interventions add to it."""
+        """Return the mean loss of the target, which includes penalties of interventions."""
         inputs = inputs_of(batch)
         anneal(module)
         output = module.output_of(inputs, batch)
@@ -48,12 +49,13 @@ class Interchange(Objective):
 
 
 class CDAS(Interchange):
-    r"""Concept DAS: the edited prompt shall give the target the probabilities that the source prompt gives it.
+    r"""Concept DAS: the edited prompt should give the target the same probabilities as the source prompt does.
 
     .. math:: L = \frac{1}{n} \sum_t \text{JSD}\big(p_\Phi(\cdot \mid x, y_{<t}) \,\|\, p_0(\cdot \mid x', y_{<t})\big)
 
-    with the edits p, the frozen base p0, the source prompt x' and the target y of the source. Rows of both directions
-    (with the concept and without it as the source) make the edit steer both ways.
+    where :math:`p_\Phi` is the model with its edits, :math:`p_0` the frozen base, x' the source prompt and y the target
+    of the source. With rows in both directions (the source with the concept, and without it), the edit learns to steer
+    both ways.
     Source: Bao et al. 2026, arXiv:2602.05234, and its code (``jensen_shannon_loss``).
     """
 
@@ -75,7 +77,7 @@ class CDAS(Interchange):
 
 
 def anneal(module: Any) -> None:
-    """Tell what a model does gradually how far training is."""
+    """Set the progress of training in all parts of a model that are annealed."""
     done = min(module.global_step / module.total_steps, 1.0)
     for part in module.model.modules():
         if hasattr(part, "annealed"):

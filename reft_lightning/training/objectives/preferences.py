@@ -1,6 +1,6 @@
-r"""Objectives of pairs: of two answers to a prompt, the chosen one y+ shall be likelier than the rejected one y-.
+r"""Pairwise objectives: of two answers to a prompt, the chosen one y+ should be likelier than the rejected one y-.
 
-The frozen base :math:`\pi_0` is the reference: the model itself without its edits.
+The reference :math:`\pi_0` is the frozen base: the model itself without its edits.
 
 Shapes: b pairs, which are 2 b rows of a batch.
 """
@@ -27,7 +27,7 @@ class DPO(Objective):
     Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7.
 
     Args:
-        beta: how close the model stays to the base; 0.1 to 0.5 in the paper.
+        beta: how strongly the model is kept close to the base; 0.1 to 0.5 in the paper.
 
     Raises:
         ValueError: if beta is not a positive number.
@@ -41,7 +41,7 @@ class DPO(Objective):
         self.beta = beta
 
     def loss(self, module: Any, batch: dict[str, Any]) -> Tensor:
-        """Return the mean over the pairs; logs how often, and by how much, the chosen answer has the higher reward."""
+        """Return the mean loss over the pairs; log how often, and by how much, the chosen answer is ahead."""
         inputs = inputs_of(batch)
         with reference(module.model):
             base = log_probs(module.model(**inputs).logits, inputs["labels"])
@@ -53,21 +53,21 @@ class DPO(Objective):
 
 
 class RePS(Objective):
-    r"""Reference-free preference steering: edits of strength a shall make y+ likely, and nulled ones y-.
+    r"""Reference-free preference steering: edits of strength a should make y+ likely, and nulled edits y-.
 
     .. math:: L = -\log \sigma(w^+ a(y^+) - a(y^-)) - \log \sigma(w^- n(y^-) - n(y^+))
 
-    with the mean log-likelihood of an answer's tokens under edits of a strength that each row draws, a(y), and under
-    nulled ones, n(y). The weights are those of the frozen base, whose log-likelihoods :math:`\ell(y)` are sums:
+    where a(y) is the mean log-likelihood of an answer's tokens under edits with a strength drawn for each row, and n(y)
+    the same under nulled edits. The weights come from the frozen base, whose log-likelihoods :math:`\ell(y)` are sums:
     :math:`w^+ = \max(\ell(y^-) - \ell(y^+), 1)` and :math:`w^- = \max(\ell(y^+) - \ell(y^-), 1)`.
     Source: Wu et al. 2025, arXiv:2505.20809; weights as in its code (``scaled_simpo``), which divides the sums of an
-    answer by the tokens of prompt and answer.
+    answer by the number of tokens in prompt and answer.
 
     Args:
-        strengths: of which each row draws one; those of the authors' code.
+        strengths: the strengths to draw from; the defaults are those of the authors' code.
 
     Raises:
-        ValueError: without strengths, or with one that is not a finite number.
+        ValueError: if there are no strengths, or one is not a finite number.
     """
 
     pairs, steers = True, True
@@ -79,7 +79,7 @@ class RePS(Objective):
         self.strengths = tuple(map(float, strengths))
 
     def loss(self, module: Any, batch: dict[str, Any]) -> Tensor:
-        """Return the mean over the pairs."""
+        """Return the mean loss over the pairs."""
         inputs = inputs_of(batch)
         labels, model = inputs.pop("labels"), module.model
         counts = (labels[:, 1:] != IGNORED).sum(-1)

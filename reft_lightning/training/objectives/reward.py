@@ -1,4 +1,4 @@
-r"""A reward model: one number r(x, y) for a prompt and an answer, from a classifier with one output.
+r"""Reward models: one number r(x, y) for a prompt and an answer, from a classifier with one output.
 
 Shapes: b pairs, which are 2 b rows of a batch.
 """
@@ -16,19 +16,19 @@ from .preferences import margins_of, note_margins
 
 
 class Reward(Objective):
-    r"""The chosen answer of a pair shall have the higher reward (Bradley and Terry's model of comparisons).
+    r"""The chosen answer of a pair should have the higher reward (Bradley-Terry model of comparisons).
 
     .. math:: L = -\log \sigma\big(r(x, y^+) - r(x, y^-)\big)
 
-    The model is a classifier with one output, whose head is trained together with the edits; positions count over the
-    whole text, prompt and answer, as in pyreft's example: ``l1`` is its last token, where the head reads.
-    Source: Ouyang et al. 2022, arXiv:2203.02155, eq. 1, with one pair of answers a prompt.
+    The model is a classifier with one output, whose head is trained together with the edits. Positions refer to the
+    whole text, prompt and answer, as in pyreft's example: ``l1`` is its last token, which the head reads.
+    Source: Ouyang et al. 2022, arXiv:2203.02155, eq. 1, with one pair of answers per prompt.
     """
 
     pairs, rewards = True, True
 
     def loss(self, module: Any, batch: dict[str, Any]) -> Tensor:
-        """Return the mean over the pairs; logs how often, and by how much, the chosen answer has the higher reward."""
+        """Return the mean loss over the pairs; log how often, and by how much, the chosen answer is ahead."""
         output = module.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         margins = margins_of(rewards_of(output))
         note_margins(module, margins)

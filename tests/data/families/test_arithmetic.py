@@ -1,4 +1,4 @@
-"""The arithmetic family and GSM8K alone: laws of every family, extraction with its traps, sources, overlap."""
+"""The arithmetic family and GSM8K on its own: laws of every family, pitfalls of extraction, sources, overlap."""
 
 import logging
 import re
@@ -222,7 +222,7 @@ class TestRows:
         }
         example = placed(arithmetic.FAMILY.mixture_example, row, "math_10k.json, row 1")
         assert (example.prompt, example.target, example.answer) == ("How many?", row["output"], "6.0")
-        with pytest.raises(ValueError, match="row 2: the row has no output to learn"):
+        with pytest.raises(ValueError, match="row 2: the output is empty, so there is nothing to learn"):
             placed(arithmetic.FAMILY.mixture_example, row | {"output": " "}, "row 2")
         with pytest.raises(ValueError, match="row 3: the template has no place for input 'more'"):
             placed(arithmetic.FAMILY.mixture_example, row | {"input": "more"}, "row 3")
@@ -238,7 +238,9 @@ class TestRows:
 
     def test_what_the_hub_lacks_is_said(self):
         for task in ("mawps", "AddSub", "SingleEq"):
-            with pytest.raises(ValueError, match=rf"{task} has no test split in source hub; it has local"):
+            with pytest.raises(
+                ValueError, match=rf"{task} has no test split in source hub; available: local"
+            ):
                 read_rows(TASKS[task], "test", DataSource("hub"))
             assert "dataset/ of the LLM-Adapters repository" in TASKS[task].notes["hub"]
 
@@ -274,7 +276,7 @@ class TestGsm8k:
     def test_a_validation_that_leaves_no_train_row_is_refused(self, size):
         rows = [Example("gsm8k", f"question {i}", "", "") for i in range(10)]
         with pytest.raises(
-            ValueError, match=rf"validation_size must lie in 0..9, with 10 train rows; got {size}"
+            ValueError, match=rf"validation_size must be in 0..9 with 10 train rows; got {size}"
         ):
             gsm8k.carve_last(rows, size)
 

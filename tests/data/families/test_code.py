@@ -91,7 +91,7 @@ class TestPrompts:
 
     def test_humaneval_has_no_train_rows(self):
         with pytest.raises(
-            ValueError, match=r"humaneval has no train split in source local; it has .*\(test\)"
+            ValueError, match=r"humaneval has no train split in source local; available: .*\(test\)"
         ):
             examples("humaneval", "train")
 
@@ -100,7 +100,7 @@ class TestPrompts:
         with pytest.raises(ValueError, match=r"row 3: test_list is empty"):
             placed(TASKS["mbpp"].example, row, "row 3")
         row = {"prompt": "def f():\n", "canonical_solution": "    pass\n", "entry_point": "f", "test": "pass"}
-        with pytest.raises(ValueError, match=r"row 4: the test defines no function check"):
+        with pytest.raises(ValueError, match=r"row 4: the test must define a function check"):
             placed(TASKS["humaneval"].example, row, "row 4")
 
 
@@ -173,7 +173,7 @@ def outcomes_of(found, change=lambda text: text):
     return run_programs([program(change(example.target), example) for example in found])
 
 
-# of the real rows so many at a time: programs take a while, and `slow` runs them all
+# number of real rows per test, as programs take a while; `slow` runs them all
 FEW_OR_ALL = pytest.mark.parametrize("step", [8, pytest.param(1, marks=pytest.mark.slow)])
 
 

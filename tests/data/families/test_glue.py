@@ -1,4 +1,4 @@
-"""GLUE: rows of every layout become the same texts and labels, and the validation set is divided as in the paper."""
+"""GLUE: rows in every layout become the same texts and labels, and the validation set is divided as in the paper."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ SOURCE = DataSource("local", path=str(FIXTURES))
 MAIN = {"cola": "matthews", "stsb": "pearson"}  # the authors' selection metrics; accuracy elsewhere
 TWO = ("mrpc", "qqp", "stsb")  # tasks of two measures
 
-# Rows as nyu-mll/glue has them: integer labels in the order of the names.
+# Rows as in nyu-mll/glue, with integer labels in the order of the names.
 HUB_ROWS = {
     "cola": ({"sentence": "A zorb.", "label": 1, "idx": 0}, ("A zorb.",), "acceptable"),
     "sst2": ({"sentence": "fine ", "label": 0, "idx": 0}, ("fine ",), "negative"),
@@ -73,7 +73,7 @@ class TestFamily:
         assert FAMILY.task("mnli").hub["validation"][0].split == "validation_matched"
 
     def test_a_task_of_three_texts_or_an_unknown_measure_is_refused(self):
-        with pytest.raises(ValueError, match="one text or a pair"):
+        with pytest.raises(ValueError, match="one column or two"):
             ClassificationTask("x", ("a", "b", "c"))
         with pytest.raises(ValueError, match=r"measures must be some of accuracy.*got \('acuracy',\)"):
             ClassificationTask("x", ("a",), measures=("acuracy",))
@@ -137,7 +137,7 @@ class TestRows:
             read("qqp", source=source)
         (tmp_path / "QQP" / "train.tsv").unlink()
         (tmp_path / "QQP" / "train.tsv.gz").write_bytes(b"plain text")
-        with pytest.raises(ValueError, match=r"train\.tsv\.gz: not a whole gzip file"):
+        with pytest.raises(ValueError, match=r"train\.tsv\.gz: not a complete gzip file"):
             read("qqp", source=source)
 
     def test_a_torn_line_of_another_task_is_an_error(self, tmp_path):
@@ -170,9 +170,11 @@ class TestBadRows:
 
     def test_an_unknown_label_names_the_known_ones(self):
         row = {"sentence1": "a", "sentence2": "b", "label": "entailmant"}
-        with pytest.raises(ValueError, match=r"0 entailment, 1 not_entailment; did you mean 'entailment'"):
+        with pytest.raises(
+            ValueError, match=r"0 entailment, 1 not_entailment; got 'entailmant'; did you mean 'entailment'"
+        ):
             placed(FAMILY.task("rte").example, row, "x")
-        with pytest.raises(ValueError, match="label '2' is not one of"):
+        with pytest.raises(ValueError, match=r"must be one of .* got '2'"):
             placed(FAMILY.task("rte").example, {**row, "label": 2}, "x")
 
     @pytest.mark.parametrize("score", ["5.5", "much", "nan"])
@@ -313,7 +315,7 @@ class TestModule:
         assert "6 of 6 rte test rows occur in the train rows" in caplog.text
 
 
-# task: train rows, validation rows, as the shared folder's README counts them
+# task: train rows, validation rows, as listed in the shared folder's README
 REAL = {
     "cola": (8551, 1043),
     "sst2": (67349, 872),

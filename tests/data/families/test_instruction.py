@@ -76,7 +76,7 @@ class TestSchemas:
 
     def test_a_conversation_that_ends_with_the_user_is_refused(self):
         messages = [{"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Hi"}]
-        with pytest.raises(ValueError, match=r"a conversation must end .* has assistant, user"):
+        with pytest.raises(ValueError, match=r"a conversation must end .* got assistant, user"):
             example_of("t", {"messages": messages})
 
     @pytest.mark.parametrize("content", [None, 3, {}])
@@ -130,7 +130,7 @@ class TestEmptyAnswers:
         data = self.module(tmp_path, ["a", "", "b", " \n", "c"])
         with caplog.at_level(logging.WARNING):
             data.setup("fit")
-        assert "2 of 5 alpaca train rows have no answer to learn and are left out" in caplog.text
+        assert "skipped 2 of 5 alpaca train rows without an answer to learn" in caplog.text
         facts = data.data_versions["train"]["alpaca"]
         assert (facts["rows"], facts["left_out"]) == (5, 2)
         assert len(data.train_rows) + data.data_versions["split"]["validation_rows"] == 3
@@ -171,7 +171,7 @@ class TestAlpacaEval:
         found = FAMILY.export(reversed(self.predictions()), "mine-7b")
         assert [row["output"] for row in found] == [f"said {i}" for i in range(10)]
         for row, (given, _) in zip(found, rows, strict=True):
-            assert row["instruction"] == given["instruction"]  # without a template around it
+            assert row["instruction"] == given["instruction"]  # without a template
             assert (row["generator"], row["dataset"]) == ("mine-7b", given["dataset"])
             assert set(row) == {"instruction", "output", "generator", "dataset"}
 
@@ -192,7 +192,7 @@ class TestAlpacaEval:
 
     def test_several_samples_are_refused(self):
         rows = [{**row, "generated": ["x", "y"]} for row in self.predictions()]
-        with pytest.raises(ValueError, match=r"got 2 samples, set decoding.samples=1"):
+        with pytest.raises(ValueError, match=r"got 2 samples: set decoding.samples=1"):
             FAMILY.export(rows, "m")
 
 
@@ -224,9 +224,9 @@ class TestRealRows:
     @pytest.mark.parametrize(
         ("task", "split", "count", "note"),
         [
-            ("alpaca", "train", 2000, "2,000 rows of the 52,002"),
+            ("alpaca", "train", 2000, "2,000 of the 52,002 rows"),
             ("ultrafeedback", "train", 1000, "the paper's authors ship"),
-            ("dolly", "train", 2000, "2,000 rows of the 15,011"),
+            ("dolly", "train", 2000, "2,000 of the 15,011 rows"),
             ("self_instruct", "train", 175, ""),
             ("self_instruct", "test", 252, ""),
             ("alpaca_eval", "test", 805, ""),

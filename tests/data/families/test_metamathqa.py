@@ -41,7 +41,7 @@ def test_a_row_becomes_what_the_protocol_says():
         ("The final answer is: 7", "7"),
         ("The final answer is 8?", "8"),
         ("adds up\n#### 1,234", "1,234"),
-        ("#### 5\nThe answer is: 6", "6"),  # the order of the triggers decides, not that of the text
+        ("#### 5\nThe answer is: 6", "6"),  # the order of the triggers decides, not their order in the text
         ("The answer is: 6\n#### 5", "6"),
         ("The answer is:", None),  # the trigger ends in a blank
         ("it is 5", None),
@@ -118,7 +118,7 @@ def test_long_rows_are_left_out_by_characters_and_repeated_questions_stay(caplog
     train, _ = FAMILY.carve(rows + examples(0, 1), 1, 0)
     assert [e.source for e in train] == [str(MOST_CHARACTERS), "again"]
     assert "1 of 3 MetaMathQA rows" in caplog.text
-    assert "1 train rows ask a validation question again" in caplog.text
+    assert "1 train rows repeat a validation question" in caplog.text
 
 
 def test_a_split_without_its_rows_says_what_to_set():
@@ -126,5 +126,5 @@ def test_a_split_without_its_rows_says_what_to_set():
         FAMILY.carve(examples(), 10, 0)
     with pytest.raises(ValueError, match=r"data\.train_tasks=\[metamathqa,gsm8k\]"):
         FAMILY.carve(examples(questions=0), 1, 0)
-    with pytest.raises(ValueError, match=r"must name metamathqa"):
+    with pytest.raises(ValueError, match=r"must include metamathqa"):
         FAMILY.carve(examples(train=0), 1, 0)

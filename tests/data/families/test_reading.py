@@ -1,4 +1,4 @@
-"""The families reading (RACE, QuAIL) and spans (SQuAD, XQuAD): prompts, readers, scorer, sources."""
+"""The families reading (RACE, QuAIL) and spans (SQuAD, XQuAD): prompts, readers, scorers, sources."""
 
 import gzip
 import json
@@ -121,7 +121,7 @@ class TestChoices:
             '<data><text id="f1"><text_body>x</text_body><q id="2">?<a correct="False">y</a></q></text></data>'
         )
         with pytest.raises(
-            ValueError, match=r"text f1, question 2: one answer must be marked correct; got 0"
+            ValueError, match=r"text f1, question 2: exactly one answer must be marked correct; got 0"
         ):
             list(reading.read_quail(path))
 
@@ -136,12 +136,12 @@ class TestChoices:
     def test_an_empty_passage_or_a_missing_choice_is_refused(self):
         with pytest.raises(ValueError, match="the passage is empty"):
             reading.multiple_choice("quail", " ", "q", ["a", "b"], 0)
-        with pytest.raises(ValueError, match=r"the answer must be one of 2 choices; got number 3"):
+        with pytest.raises(ValueError, match=r"the answer must be one of the 2 choices; got number 3"):
             reading.multiple_choice("quail", "p", "q", ["a", "b"], 2)
 
 
 def as_hub_rows(task, split):
-    """Rows of RACE's articles in the form of the hub."""
+    """Rows of RACE's articles in the hub's format."""
     for row, where in read_rows(reading.TASKS[task], split, local())[0]:
         yield {"example_id": "x", **row}, where
 
@@ -192,7 +192,7 @@ class TestSpans:
             ("an apple and another", ["apple", "and", "another"]),
             ("Theory of A. the", ["theory", "of"]),
             ("$5.20", ["520"]),
-            ("Zoë’s", ["zoë’s"]),  # only ASCII punctuation is taken out
+            ("Zoë’s", ["zoë’s"]),  # only ASCII punctuation is removed
             ("the", []),
         ],
     )
@@ -201,7 +201,7 @@ class TestSpans:
 
     def test_f1_is_the_harmonic_mean_of_precision_and_recall(self):
         assert f1(words("the red kite"), words("a red kite of paper")) == pytest.approx(2 * 1 * 0.5 / 1.5)
-        assert f1(["a", "a"], ["a"]) == pytest.approx(2 * 0.5 * 1 / 1.5)  # each word as often as it occurs
+        assert f1(["a", "a"], ["a"]) == pytest.approx(2 * 0.5 * 1 / 1.5)  # repeated words count
         assert f1(["x"], ["y"]) == 0.0
         assert (f1([], []), f1([], ["x"])) == (1.0, 0.0)
 
@@ -228,7 +228,7 @@ class TestSpans:
 
 
 class TestFiles:
-    """Files with a byte order mark, in capitals, in another encoding or broken are read or named, as all others."""
+    """As in other formats, a byte order mark and capitals are allowed, and errors name broken files."""
 
     FILES = (
         (reading.read_quail, "quail/quail_1.3_dev_randomized.xml"),
@@ -250,12 +250,12 @@ class TestFiles:
             list(read(path))
         path = path.with_name(path.name + ".gz")
         path.write_bytes(b"plain text")
-        with pytest.raises(ValueError, match=rf"{path.name}: not a whole gzip file"):
+        with pytest.raises(ValueError, match=rf"{path.name}: not a complete gzip file"):
             list(read(path))
 
 
 def about(*counts, task="t"):
-    """Rows about passages with so many questions."""
+    """Rows about passages with the given numbers of questions."""
     return [
         Example(task, prompt_about(f"{task} {i}", "say: ", f"{j}?"), "x", "x")
         for i, count in enumerate(counts)
@@ -312,7 +312,7 @@ class TestValidationRows:
 
     @pytest.mark.parametrize(
         ("size", "words"),
-        [(-1, "must be 0 or more; got -1"), (4, "=4 needs all 2 passages of the 6 distinct train")],
+        [(-1, "must be at least 0; got -1"), (4, "=4 needs all 2 passages of the 6 distinct train")],
     )
     def test_an_impossible_size_is_refused(self, size, words):
         with pytest.raises(ValueError, match=f"validation_size.*{words}"):

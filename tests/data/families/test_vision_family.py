@@ -1,4 +1,4 @@
-"""Questions about pictures: rows in both forms, what is said of a bad one, VQA accuracy, batches of a processor."""
+"""Questions about pictures: rows in both formats, errors for bad rows, VQA accuracy, batches of a processor."""
 
 import io
 import json
@@ -98,7 +98,7 @@ class TestRows:
         lying = Image.new("RGB", (3, 2), "blue")
         lying.putpixel((0, 0), (255, 0, 0))
         about = Image.Exif()
-        about[0x0112] = 6  # the camera was turned: viewers turn it back, to the right
+        about[0x0112] = 6  # the camera was turned; viewers rotate the picture back, to the right
         lying.save(tmp_path / "1.png", exif=about)
         seen = Picture("1.png", tmp_path / "1.png").open()
         assert (seen.size, seen.getpixel((1, 0)), seen.getpixel((0, 0))) == ((2, 3), (255, 0, 0), (0, 0, 255))
@@ -132,7 +132,7 @@ class TestRows:
         [
             (
                 {"image": 3, "question": "?", "answers": "a"},
-                "'image' must name a picture, or hold its bytes; got 3",
+                "'image' must contain the name of a picture file, or its bytes; got 3",
             ),
             ({"image": "1.png", "question": " ", "answers": "a"}, "has no question"),
             ({"image": "1.png", "question": "?", "answers": []}, "has no answer"),
@@ -145,7 +145,7 @@ class TestRows:
             ({"image": "1.png", "question": "?", "answers": "[]"}, "has no answer"),
             (
                 {"image": "1.png", "question": "?", "answers": f"a {MARK}"},
-                "the answer holds the mark <image>",
+                "the answer contains the mark <image>",
             ),
         ],
     )
@@ -157,9 +157,9 @@ class TestRows:
     @pytest.mark.parametrize(
         ("settings", "said"),
         [
-            ({}, "need data.prompt and data.target"),
-            ({"prompt": "q"}, "need data.prompt and data.target"),
-            (QUESTIONS | {"messages": "m"}, "need data.prompt and data.target"),
+            ({}, "need either data.prompt and data.target"),
+            ({"prompt": "q"}, "need either data.prompt and data.target"),
+            (QUESTIONS | {"messages": "m"}, "need either data.prompt and data.target"),
             (QUESTIONS | {"image": None}, "need data.image"),
             ({"prompt": "questio", "target": "answers"}, "no column 'questio'.*did you mean 'question'"),
         ],
@@ -181,9 +181,9 @@ def spoil(folder, name, kind):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("missing", "data.image_folder names another"),
+        ("missing", "set data.image_folder"),
         ("cut", "cannot be read"),
-        ("text", "is not a picture that PIL reads"),
+        ("text", "is not in a format that PIL reads"),
     ],
 )
 def test_a_bad_picture_is_named_by_file_and_row(tmp_path, kind, said):
@@ -206,7 +206,7 @@ class TestScores:
         ("same", "expected"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)]
     )
     def test_the_accuracy_is_the_mean_over_nine_of_ten_people(self, same, expected):
-        """1 of 10 agree: 0 of the others for the one who does, 1/3 for each of nine: 0.3; by hand for each count."""
+        """If 1 of 10 agrees: 0 others for that person, and 1/3 for each of the nine, so 0.3. By hand for each count."""
         people = ["red"] * same + [f"other {i}" for i in range(10 - same)]
         assert vqa_accuracy("Red", people) == pytest.approx(expected)
 
@@ -271,7 +271,7 @@ class TestBatches:
 
     def test_a_prompt_that_leaves_no_room_is_named(self, tmp_path, processor):
         with pytest.raises(
-            ValueError, match=r"train.jsonl, line \d: the prompt has \d+ tokens with those of its pict"
+            ValueError, match=r"train.jsonl, line \d: the prompt has \d+ tokens, pictures included"
         ):
             self.rows(tmp_path, processor, max_length=25)
 

@@ -1,4 +1,4 @@
-"""The sandbox: which programs pass, what the others cannot do, and what is left behind."""
+"""The sandbox: which programs pass, what programs cannot do, and what is left behind."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ def reason(source, limits=SHORT):
 
 
 def refused(*actions):
-    """Every action of one program raises what the sandbox refuses, and not what a mistake in the test does."""
+    """Every action of one program raises the sandbox's error, not one from a mistake in the test."""
     outcome = run_program(f"""
 import os
 for action in {actions!r}:
@@ -75,7 +75,7 @@ class TestVerdict:
             ("import sys; sys.exit(0)", "SystemExit: 0"),
             ("raise SystemExit", "SystemExit:"),
             ("raise KeyboardInterrupt", "KeyboardInterrupt:"),
-            ("import os; os._exit(0)", "left with exit code 0 before its end"),
+            ("import os; os._exit(0)", "exited with code 0 before its end"),
             ("quit()", "NameError: name 'quit' is not defined"),  # no site module
         ],
     )
@@ -100,7 +100,7 @@ os._exit(0)
     def test_text_that_is_not_a_program_fails(self):
         assert reason("def f(:").startswith("SyntaxError")
         assert "null bytes" in reason("x = 'a\0b'")
-        # half a surrogate pair became "?"
+        # an unpaired surrogate became "?"
         assert reason("x = '\ud800'\nassert x != '?'") == "AssertionError:"
 
     def test_an_exception_whose_text_fails_is_reported_by_its_name(self):
@@ -137,7 +137,7 @@ assert pickle.loads(pickle.dumps(Point(1))) == Point(1)
 class TestLimits:
     def test_a_program_that_computes_for_ever_is_ended(self):
         endless = reason("while True: pass", Limits(seconds=1, wall_seconds=60))
-        assert endless == "used more than 1 s of the processor"
+        assert endless == "used more than 1 s of processor time"
 
     def test_a_program_that_catches_the_first_signal_is_ended_by_the_second(self):
         source = "import signal\nsignal.signal(signal.SIGXCPU, lambda *_: None)\nwhile True: pass"
@@ -169,7 +169,7 @@ class TestLimits:
         assert reason(nested).endswith("refuses more than 64 files")
 
     def test_files_that_the_hook_does_not_see_are_counted(self):
-        """SQLite makes the files of attached databases itself."""
+        """SQLite creates the files of attached databases itself."""
         many = """
 import sqlite3, time
 connection = sqlite3.connect(":memory:", isolation_level=None)
@@ -179,8 +179,8 @@ for i in range(100):
     connection.execute("create table x.t (y)")
     connection.execute("detach x")
 """
-        assert reason(many) == "made more than 64 files"
-        assert reason(f"{many}time.sleep(60)", Limits(wall_seconds=30)) == "made more than 64 files"
+        assert reason(many) == "created more than 64 files"
+        assert reason(f"{many}time.sleep(60)", Limits(wall_seconds=30)) == "created more than 64 files"
         assert run_program(many, Limits(files=150)).passed
 
     def test_open_files_are_limited(self):
@@ -285,7 +285,7 @@ open(os.devnull, "w").write("x")
 
 
 def guarded(body, guards="print(*confinement.kernel_guards(folder))"):
-    """Run a script under only the kernel's guards, without the audit hook, or under other guards."""
+    """Run a script under the kernel's guards only, without the audit hook, or under other guards."""
     script = f"""
 import os, sys
 sys.path.insert(0, {str(CONFINEMENT.parent)!r})
@@ -437,8 +437,8 @@ for action in {actions!r}:
             execute._warn_of_missing(("landlock", "seccomp"))
             execute._warn_of_missing(("landlock", "seccomp"))
             execute._warn_of_missing(())
-        assert [r.message.partition(":")[0] for r in caplog.records] == [
-            "this system has no landlock and no seccomp"
+        assert [r.message.partition(",")[0] for r in caplog.records] == [
+            "this system does not have landlock or seccomp"
         ]
 
 
@@ -501,7 +501,7 @@ class TestRunner:
         broken.write_text("#!/bin/sh\nexit 3\n")
         broken.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(broken))
-        with pytest.raises(RuntimeError, match=r"did not start: it ended with code 3"):
+        with pytest.raises(RuntimeError, match=r"did not start: it exited with code 3"):
             run_program("x = 1")
         monkeypatch.setattr(sys, "executable", "/nowhere/python")
         with pytest.raises(FileNotFoundError):
