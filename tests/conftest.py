@@ -109,7 +109,7 @@ def _files_are_composed_once():
 
 @pytest.fixture(autouse=True, scope="session")
 def _runs_leave_their_garbage():
-    """A run searches for garbage at its end, to free a large model: of tiny ones that takes longer than the run."""
+    """A run collects garbage at its end, for a large model; a tiny one is not worth a search of the session's heap."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("reft_lightning.runs.experiment.gc", SimpleNamespace(collect=lambda: None))
         yield
