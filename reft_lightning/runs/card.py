@@ -15,7 +15,7 @@ from ..config.schema import Config
 from ..evaluation.row_metrics import mean_of_counts
 from ..storage.atomic import write_text
 
-SHOWN = 4  # files listed per data set
+SHOWN = 4  # files listed per dataset
 
 
 def write_card(adapter: Path, results: dict[str, Any], config: Config) -> None:
