@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 OLDEST := .oldest
 CORE   := storage interventions base_models adapters evaluation data speed training config runs exchange
 
-# libgomp's threads spin while they wait, which is 20 to 80 times slower than sleeping next to another busy process.
+# libgomp's threads spin while they wait. Next to another busy process that is 20 to 80 times slower than sleeping.
 # The variable has an effect only if it is set before Python starts.
 export OMP_WAIT_POLICY = PASSIVE
 export TOKENIZERS_PARALLELISM = false
