@@ -50,10 +50,8 @@ def test_save_and_load_give_equal_logits_and_generate_the_same_ids(method, tied,
     phi = next(iter(again.interventions["0"]))
     assert (phi.dropout, phi.dropout_on) == (0.1, "output")
     assert again.config == reft.config
-    saved, state = (
-        load_file(tmp_path / TENSOR_FILE),
-        reft.adapter_state_dict(),
-    )  # pyreft: d x d bases (D60, D63)
+    # pyreft stores d x d bases (D60, D63)
+    saved, state = load_file(tmp_path / TENSOR_FILE), reft.adapter_state_dict()
     assert saved.keys() == state.keys()
     assert all(torch.equal(saved[name], state[name]) for name in state)
     assert sum(tensor.numel() for tensor in saved.values()) == reft.parameter_count().trainable
