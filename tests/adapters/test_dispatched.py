@@ -91,5 +91,5 @@ def test_several_processes_do_not_spread_it(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "build", None)
     data = short_runs.write_rows(tmp_path / "rows")
     trainer = type("", (), {"world_size": 2, "strategy": None})
-    with pytest.raises(ValueError, match="one process, and there are 2"):
+    with pytest.raises(ValueError, match="one process, but there are 2"):
         experiment.check_strategy(short_runs.config(data, "model.device_map=auto"), trainer)
