@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from rich.console import Console
 from rich.table import Table
@@ -216,7 +217,10 @@ def _steps(config: Config, rows: Mapping[str, int]) -> dict[str, int]:
         counted["max_epochs"] = 1000 if counted["max_steps"] == -1 and counted["max_time"] is None else -1
     quiet_lightning()
     # knows how these keys combine; the environment keeps it from looking at the tasks of a SLURM job
-    trainer = Trainer(**counted, accelerator="cpu", logger=False, plugins=LightningEnvironment())
+    try:
+        trainer = Trainer(**counted, accelerator="cpu", logger=False, plugins=LightningEnvironment())
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer: {error}") from error
     of_each_process = math.ceil(rows["batches"] / _ranks(config))
     steps = optimizer_steps(trainer, of_each_process)
     found = {"epoch_batches": rows["batches"], "epoch_tokens": rows["tokens"]}
