@@ -6,6 +6,7 @@ fit together, is not built; :func:`build` says why.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -136,13 +137,24 @@ def _arguments(kind: type[PretrainedConfig], own: dict[str, Any], text: bool = T
     return found | own
 
 
+_built: dict[str, PreTrainedModel] = {}
+
+
 def build(auto: Any, kind: type[PretrainedConfig], **own: Any) -> PreTrainedModel:
-    """Return a small random model in eval mode, always the same.
+    """Return a copy of a small random model in eval mode, always the same, which is not built again soon.
 
     Raises:
         Exception: what the configuration or the model raise, or ValueError if it is not small.
     """
-    config = shrunk(kind, **own)
+    key = f"{auto.__name__} {kind.__name__} {own}"
+    if key not in _built:
+        if len(_built) > 20:  # the slow suite builds hundreds
+            _built.clear()
+        _built[key] = _first(auto, shrunk(kind, **own))
+    return copy.deepcopy(_built[key])
+
+
+def _first(auto: Any, config: PretrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
         size = sum(p.numel() for p in auto.from_config(config).parameters())
     if size > MOST:

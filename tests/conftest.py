@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 # Read by the libraries when they are imported, so before any test module is.
 os.environ.update(
@@ -67,6 +68,24 @@ def shared():
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """The folder of the invented rows of a short run, to be read only."""
+    import short_runs
+
+    return short_runs.write_rows(tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """What is refused here is refused before weights are loaded."""
+
+    def loaded(**_):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("reft_lightning.runs.build.load_base_model", loaded)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
@@ -86,6 +105,14 @@ def _files_are_composed_once():
     compose._compose = kept
     yield
     compose._compose = alone
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _runs_leave_their_garbage():
+    """A run collects garbage at its end, for a large model; a tiny one is not worth a search of the session's heap."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("reft_lightning.runs.experiment.gc", SimpleNamespace(collect=lambda: None))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

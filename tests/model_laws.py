@@ -1,4 +1,4 @@
-"""Law suites of adapted models: what holds for every base family. A new family gets them all in two lines.
+"""Law suites of adapted models. A new base family gets those that can depend on it in two lines.
 
 Models are float64 where results are compared to rounding (some norms compute in float32 all the same) and float32
 where equality is exact.
@@ -53,7 +53,7 @@ def gradients(reft: rl.ReftModel) -> dict[str, Tensor]:
 
 
 class AdaptedModelLaws:
-    """Subclass with the name of a family of ``tiny``, or with make_base()."""
+    """Laws that can depend on the architecture. Subclass with the name of a family of ``tiny``, or with make_base()."""
 
     family: str
     recomputed = {"atol": 1e-9, "rtol": 1e-5}  # noqa: RUF012  gradients with and without checkpointing
@@ -126,6 +126,76 @@ class AdaptedModelLaws:
         inside, expected = base.base_model(**batch), untouched.base_model(**batch)
         assert torch.equal(inside.last_hidden_state, expected.last_hidden_state)
 
+    # --- which tokens are edited ---------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("positions", ["f2+l1", "all"])
+    def test_padding_side_and_amount_change_nothing(self, positions):
+        reft = self.attach(positions=positions)
+        texts = tiny.rows(6, 3, 1, 5)
+        expected = self.hidden(reft, tiny.padded(texts))
+        alone = [self.hidden(reft, tiny.padded([text]))[0] for text in texts]
+        torch.testing.assert_close(expected, alone, **CLOSE)
+        for side, extra in (("left", 0), ("left", 3), ("right", 3)):
+            got = self.hidden(reft, tiny.padded(texts, side, extra))
+            torch.testing.assert_close(got, expected, **CLOSE)
+        unedited = self.hidden(reft.base_model, tiny.padded(texts))
+        assert all((a - b).abs().max() > 1e-2 for a, b in zip(expected, unedited, strict=True))
+
+    @pytest.mark.parametrize("component", [name for name in COMPONENTS if name.endswith("output")])
+    def test_unselected_tokens_at_the_site_are_unchanged(self, component):
+        base = self.make_base(torch.float32)
+        where = rl.attach(copy.deepcopy(base), rank=1, heads=False, layers=[1], component=component).sites[
+            "1"
+        ]
+        module = base.get_submodule(where.path)
+        before = Recorder(module)
+        reft = self.attach(base, layers=[1], component=component)
+        after = Recorder(module)
+        reft(**tiny.padded(tiny.rows(6, 3)))
+        shape = (2, 6, -1)  # some feed-forward modules see tokens of all rows in one list
+        changed = (before.last.view(shape) != after.last.view(shape)).any(-1).int().tolist()
+        assert changed == [[1, 1, 0, 0, 0, 1], [1, 1, 1, 0, 0, 0]]
+
+    # --- gradients and hooks -------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("component", COMPONENTS)
+    def test_gradient_checkpointing_gives_the_same_gradients(self, component):
+        reft = self.attach(component=component)
+        reft.train()
+        self.loss(reft).backward()
+        expected = copy.deepcopy(gradients(reft))
+        reft.zero_grad()
+        inside = rl.attach(
+            copy.deepcopy(reft.base_model), rank=1, heads=False, layers=[1], component="attention_output"
+        )
+        before = Recorder(reft.base_model.get_submodule(inside.sites["1"].path))
+        reft.base_model.gradient_checkpointing_enable()
+        self.loss(reft).backward()
+        assert len(before.seen) == 2, "no block was run again: checkpointing is not on"
+        torch.testing.assert_close(gradients(reft), expected, **self.recomputed)
+
+    def test_hooks_of_others_survive_and_see_the_edit(self):
+        base = self.make_base()
+        paths = [rl.attach(copy.deepcopy(base), rank=1, heads=False).sites[str(i)].path for i in range(2)]
+        theirs = [Recorder(base.get_submodule(path)) for path in paths]
+        reft = self.attach(base)
+        late = Recorder(base.get_submodule(paths[0]))
+        reft.train()
+        base.gradient_checkpointing_enable()
+        self.loss(reft).backward()
+        with reft.disabled():
+            self.loss(reft)
+        counts = [len(hook.seen) for hook in (*theirs, late)]
+        assert min(counts) == 2  # an older transformers runs some again for the gradient
+        assert not torch.equal(theirs[0].seen[0], late.seen[0])
+        for hook in (*theirs, late):
+            assert hook.handle.id in hook.handle.hooks_dict_ref()
+        assert torch.equal(theirs[0].seen[0], theirs[0].seen[-1])
+
+
+class ReftModelLaws(AdaptedModelLaws):
+    """Laws that do not depend on the architecture: inherited by one decoder and one encoder."""
+
     def test_a_failed_call_leaves_nothing_behind(self):
         reft = self.attach(base := self.make_base(torch.float32))
         batch = tiny.padded(tiny.rows(5, 5))
@@ -149,21 +219,6 @@ class AdaptedModelLaws:
         moved = weights(reft.interventions)
         assert not any(torch.equal(moved[name], own[name]) for name in own)
 
-    # --- which tokens are edited ---------------------------------------------------------------------------------
-
-    @pytest.mark.parametrize("positions", ["f2+l1", "l2", "all"])
-    def test_padding_side_and_amount_change_nothing(self, positions):
-        reft = self.attach(positions=positions)
-        texts = tiny.rows(6, 3, 1, 5)
-        expected = self.hidden(reft, tiny.padded(texts))
-        alone = [self.hidden(reft, tiny.padded([text]))[0] for text in texts]
-        torch.testing.assert_close(expected, alone, **CLOSE)
-        for side, extra in (("left", 0), ("left", 3), ("right", 3)):
-            got = self.hidden(reft, tiny.padded(texts, side, extra))
-            torch.testing.assert_close(got, expected, **CLOSE)
-        unedited = self.hidden(reft.base_model, tiny.padded(texts))
-        assert all((a - b).abs().max() > 1e-2 for a, b in zip(expected, unedited, strict=True))
-
     def test_the_order_of_the_batch_is_irrelevant(self):
         reft = self.attach()
         batch = tiny.padded(tiny.rows(6, 3, 5))
@@ -171,21 +226,6 @@ class AdaptedModelLaws:
         expected = self.hidden(reft, batch)
         got = self.hidden(reft, {key: value[order] for key, value in batch.items()})
         torch.testing.assert_close(got, [expected[i] for i in order], **CLOSE)
-
-    @pytest.mark.parametrize("component", [name for name in COMPONENTS if name.endswith("output")])
-    def test_unselected_tokens_at_the_site_are_unchanged(self, component):
-        base = self.make_base(torch.float32)
-        where = rl.attach(copy.deepcopy(base), rank=1, heads=False, layers=[1], component=component).sites[
-            "1"
-        ]
-        module = base.get_submodule(where.path)
-        before = Recorder(module)
-        reft = self.attach(base, layers=[1], component=component)
-        after = Recorder(module)
-        reft(**tiny.padded(tiny.rows(6, 3)))
-        shape = (2, 6, -1)  # some feed-forward modules see tokens of all rows in one list
-        changed = (before.last.view(shape) != after.last.view(shape)).any(-1).int().tolist()
-        assert changed == [[1, 1, 0, 0, 0, 1], [1, 1, 1, 0, 0, 0]]
 
     def test_scale_multiplies_the_edit(self):
         base = self.make_base()
@@ -222,24 +262,6 @@ class AdaptedModelLaws:
             second = reft(**batch).logits
         assert (first - second).abs().max() > 1e-3
         torch.testing.assert_close(reft(**batch).logits, second, **CLOSE)
-
-    # --- gradients and hooks -------------------------------------------------------------------------------------
-
-    @pytest.mark.parametrize("component", COMPONENTS)
-    def test_gradient_checkpointing_gives_the_same_gradients(self, component):
-        reft = self.attach(component=component)
-        reft.train()
-        self.loss(reft).backward()
-        expected = copy.deepcopy(gradients(reft))
-        reft.zero_grad()
-        inside = rl.attach(
-            copy.deepcopy(reft.base_model), rank=1, heads=False, layers=[1], component="attention_output"
-        )
-        before = Recorder(reft.base_model.get_submodule(inside.sites["1"].path))
-        reft.base_model.gradient_checkpointing_enable()
-        self.loss(reft).backward()
-        assert len(before.seen) == 2, "no block was run again: checkpointing is not on"
-        torch.testing.assert_close(gradients(reft), expected, **self.recomputed)
 
     def test_a_call_leaves_the_base_model_s_checkpointing_as_it_was(self):
         reft = self.attach()
@@ -283,24 +305,6 @@ class AdaptedModelLaws:
                     parameter.sub_(sign * step * direction)
             torch.testing.assert_close((losses[0] - losses[1]) / (2 * step), slope, atol=1e-3, rtol=1e-2)
 
-    def test_hooks_of_others_survive_and_see_the_edit(self):
-        base = self.make_base()
-        paths = [rl.attach(copy.deepcopy(base), rank=1, heads=False).sites[str(i)].path for i in range(2)]
-        theirs = [Recorder(base.get_submodule(path)) for path in paths]
-        reft = self.attach(base)
-        late = Recorder(base.get_submodule(paths[0]))
-        reft.train()
-        base.gradient_checkpointing_enable()
-        self.loss(reft).backward()
-        with reft.disabled():
-            self.loss(reft)
-        counts = [len(hook.seen) for hook in (*theirs, late)]
-        assert min(counts) == 2  # an older transformers runs some again for the gradient
-        assert not torch.equal(theirs[0].seen[0], late.seen[0])
-        for hook in (*theirs, late):
-            assert hook.handle.id in hook.handle.hooks_dict_ref()
-        assert torch.equal(theirs[0].seen[0], theirs[0].seen[-1])
-
     def test_two_adapters_on_one_base_do_not_meet(self):
         base, batch = self.make_base(torch.float32), tiny.padded(tiny.rows(5, 4))
         first = self.attach(base)
@@ -318,8 +322,6 @@ class AdaptedModelLaws:
         assert reft.eval() is reft
         assert not any(module.training for module in reft.modules())
         assert torch.equal(reft(**batch).logits, reft(**batch).logits)
-
-    # --- copies --------------------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
     def test_a_copy_edits_by_its_own_parameters(self, way):
@@ -368,7 +370,7 @@ def reads_its_own_positions(base: PreTrainedModel) -> bool:
 
 
 class DecoderLaws(AdaptedModelLaws):
-    """What holds for causal language models besides."""
+    """Further laws of causal language models."""
 
     def batch(self) -> dict[str, Tensor]:
         return tiny.prompt_target(tiny.rows(6, 2, 4), tiny.rows(3, 4, 1, seed=1))
@@ -429,7 +431,7 @@ class DecoderLaws(AdaptedModelLaws):
 
 
 class EncoderLaws(AdaptedModelLaws):
-    """What holds for encoders with a classification head besides."""
+    """Further laws of encoders with a classification head."""
 
     def loss(self, reft: rl.ReftModel, seed: int = 0) -> Tensor:
         return reft(**tiny.padded(tiny.rows(6, 4, seed=seed)), labels=torch.tensor([0, 1])).loss

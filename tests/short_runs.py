@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
+from lightning import Trainer
 from PIL import Image
 
 from reft_lightning.config import compose
@@ -75,6 +77,24 @@ def run_on_colours(rows, folder):
         "optimizer.lr=0.3",
     ])  # fmt: skip
     experiment.run(settings, folder)
+
+
+def interrupt(data, folder, batch, *overrides, where="training_step"):
+    """Run it until it stops in the ``batch``-th call, counted from 0, of a method of the module."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, batch, where)
+        with pytest.raises(Stop):
+            run(data, folder, *overrides)
+
+
+def trainer(**settings):
+    """Return a Trainer of Lightning's on the CPU that writes and says nothing."""
+    quiet = {
+        "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, "max_epochs": 1,
+        "enable_progress_bar": False, "enable_model_summary": False, "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0, "log_every_n_steps": 1,
+    }  # fmt: skip
+    return Trainer(**quiet | settings)
 
 
 def build(data, *overrides):

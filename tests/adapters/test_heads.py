@@ -1,4 +1,4 @@
-"""Heads: those of a classifier are trained unless said otherwise, and what shares memory is trained and saved once."""
+"""A classifier's head is trained by default, and tensors that share memory are trained and saved once."""
 
 import pytest
 import tiny
@@ -63,9 +63,8 @@ def test_the_head_of_a_classifier_is_trained_and_saved(name, tmp_path):  # as PE
     reft = rl.attach(build(cls, config), rank=2, layers=[0]).eval()
     assert set(reft.config.heads) == heads
     trained = learning(reft.base_model)
-    assert trained == {
-        n for n, _ in reft.base_model.named_parameters() if n.startswith(tuple(f"{h}." for h in heads))
-    }
+    inside = tuple(f"{head}." for head in heads)
+    assert trained == {n for n, _ in reft.base_model.named_parameters() if n.startswith(inside)}
     with torch.no_grad():
         for parameter in (p for p in reft.parameters() if p.requires_grad):
             parameter.add_(torch.randn_like(parameter))
@@ -74,18 +73,16 @@ def test_the_head_of_a_classifier_is_trained_and_saved(name, tmp_path):  # as PE
     batch = {key: value[:, None] for key, value in BATCH.items()} if name == "choices" else BATCH
     if name != "choices":  # rows of several texts are not read
         assert torch.equal(again(**batch)[0], reft(**batch)[0])
-    assert all(
-        torch.equal(p, again.base_model.get_parameter(n)) for n, p in reft.base_model.named_parameters()
-    )
+    for n, p in reft.base_model.named_parameters():
+        assert torch.equal(p, again.base_model.get_parameter(n)), n
 
 
-@pytest.mark.parametrize("wrap", [as_pretrained, lambda reft: reft])
 @pytest.mark.parametrize(
-    ("cls", "config"),
+    ("cls", "config", "wrap"),
     [
-        (BertForTokenClassification, BERT),
-        (BertForMaskedLM, BERT),
-        (LlamaForTokenClassification, tiny.DECODERS["llama"](pad_token_id=0)),
+        (BertForTokenClassification, BERT, as_pretrained),
+        (BertForMaskedLM, BERT, lambda reft: reft),
+        (LlamaForTokenClassification, tiny.DECODERS["llama"](pad_token_id=0), lambda reft: reft),
     ],
 )
 def test_labels_of_a_tagger_s_tokens_leave_the_text_a_prompt(cls, config, wrap):
@@ -113,12 +110,12 @@ def test_every_method_trains_a_classifier_s_head(method):
     assert model.parameter_count() == given.parameter_count()
 
 
-@pytest.mark.parametrize("none", [False, [], ()])
 @pytest.mark.parametrize("method", ["loreft", "peft/lora", "bitfit"])
-def test_heads_are_left_alone_on_request(method, none):
-    model = adapt(tiny.model("bert"), method, heads=none, **({"rank": 2} if method == "loreft" else {}))
-    assert model.config.heads == []
-    assert model.parameter_roles()["head"] == []
+def test_heads_are_left_alone_on_request(method):
+    for none in (False, [], ()):
+        model = adapt(tiny.model("bert"), method, heads=none, **({"rank": 2} if method == "loreft" else {}))
+        assert model.config.heads == []
+        assert model.parameter_roles()["head"] == []
 
 
 def test_a_frozen_model_trains_no_head():
@@ -151,14 +148,16 @@ def tied(family):
     return build(LlamaForCausalLM, tiny.DECODERS["llama"](initializer_range=0.4, tie_word_embeddings=True))
 
 
-@pytest.mark.parametrize("which", ["head", "embeddings", "head+embeddings", "embeddings+head"])
-@pytest.mark.parametrize(("method", "family"), [("loreft", "llama"), ("none", "llama"), ("full", "llama"),
-                                                ("bitfit", "gpt2"), ("full", "gpt2")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "family", "which"),
+    [*(("loreft", "llama", which) for which in ("head", "embeddings", "head+embeddings", "embeddings+head")),
+     ("none", "llama", "head"), ("full", "llama", "embeddings+head"), ("bitfit", "gpt2", "head+embeddings"),
+     ("full", "gpt2", "head")],
+)  # fmt: skip
 def test_a_tied_head_is_trained_and_saved_once(method, family, which, tmp_path):
     names = {"head": "lm_head", "embeddings": "transformer.wte" if family == "gpt2" else "model.embed_tokens"}
-    settings = {"heads": [names[part] for part in which.split("+")]} | (
-        {"rank": 2} if method == "loreft" else {}
-    )
+    settings = {"heads": [names[part] for part in which.split("+")]}
+    settings |= {"rank": 2} if method == "loreft" else {}
     model = adapt(tied(family), method, **settings).eval()
     head = model.parameter_roles()["head"]
     assert [p.numel() for p in head] == [tiny.VOCABULARY * tiny.WIDTH]
@@ -173,21 +172,18 @@ def test_a_tied_head_is_trained_and_saved_once(method, family, which, tmp_path):
     again.load_adapter_state_dict(load_state(tmp_path))
     assert torch.equal(again(**BATCH).logits, model(**BATCH).logits)
     positions = (BATCH["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    base = tied(family)(**BATCH, position_ids=positions).logits
     with model.disabled():
-        assert torch.equal(
-            model(**BATCH, position_ids=positions).logits,
-            tied(family)(**BATCH, position_ids=positions).logits,
-        )
+        assert torch.equal(model(**BATCH, position_ids=positions).logits, base)
     assert not torch.equal(model(**BATCH).logits, unchanged)
     assert len(load_state(tmp_path)) == len(everything)
 
 
-@pytest.mark.parametrize("method", ["loreft", "peft/lora", "bitfit"])
-@pytest.mark.parametrize("heads", [["classifier", "classifier"], ["bert.pooler", "bert.pooler.dense"],
-                                   ["bert.pooler.dense", "bert.pooler"]])  # fmt: skip
-def test_a_head_inside_a_head_is_refused_before_training(method, heads):  # peft: KeyError when it is saved
-    with pytest.raises(ValueError, match=r"is part of the head .*: name it only once"):
-        adapt(tiny.model("bert"), method, heads=heads, **({"rank": 2} if method == "loreft" else {}))
+def test_a_head_inside_a_head_is_refused_before_training():  # peft: KeyError when it is saved
+    inside = ["bert.pooler", "bert.pooler.dense"]
+    for method, heads in (("loreft", ["classifier"] * 2), ("peft/lora", inside), ("bitfit", inside[::-1])):
+        with pytest.raises(ValueError, match=r"is part of the head .*: name it only once"):
+            adapt(tiny.model("bert"), method, heads=heads, **({"rank": 2} if method == "loreft" else {}))
 
 
 class Twice(Intervention, name="test_twice"):

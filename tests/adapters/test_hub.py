@@ -1,4 +1,4 @@
-"""Adapters come from the hub by name, revision and subfolder; a hub that fails is named, with what was asked."""
+"""Adapters are read from the hub by name, revision and subfolder; errors name the address that failed."""
 
 import copy
 import hashlib
@@ -83,13 +83,8 @@ def answers(tmp_path_factory):
     asked["me/good"] = {"subfolder": "best", "revision": "v2", "token": "hf_secret"}
     place = {"HF_HOME": str(folder / "cache"), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
     environment = {**os.environ, **place, "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
-    done = subprocess.run(
-        [sys.executable, "-c", ASK, json.dumps(asked)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [sys.executable, "-c", ASK, json.dumps(asked)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     server.shutdown()
     server.server_close()
@@ -130,8 +125,10 @@ def test_revision_subfolder_and_token_reach_the_hub(answers):
 
 
 def test_offline_only_the_cache_is_read_and_the_error_says_so():
-    with pytest.raises(FileNotFoundError, match=r"'me/adapter' is not a folder.* HF_HUB_OFFLINE is set"):
-        rl.ReftModel.from_pretrained(tiny.model("llama"), "me/adapter")
+    for name, said in (("me/adapter", " HF_HUB_OFFLINE is set"), ("not a name", "not a name on the hub"),
+                       ("missing/folder/here", "not a name on the hub")):  # fmt: skip
+        with pytest.raises(FileNotFoundError, match=f"'{name}' is not a folder.*{said}"):
+            rl.ReftModel.from_pretrained(tiny.model("llama"), name)
 
 
 def test_only_the_named_cache_is_read_for_the_adapter_and_its_base(tmp_path, monkeypatch):

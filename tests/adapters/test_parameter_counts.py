@@ -3,13 +3,11 @@
 import pytest
 import tiny
 import torch
+from adapted_models import LLAMA_7B
 from transformers import LlamaConfig, RobertaConfig
 
 import reft_lightning as rl
 
-LLAMA_7B = LlamaConfig(
-    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
-)
 LLAMA_13B = LlamaConfig(
     vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
 )
@@ -60,16 +58,13 @@ def test_counting_takes_no_random_numbers_from_what_is_attached_next():
 
 
 def test_the_papers_untied_formula_has_one_intervention_a_position():
-    tied = rl.count_parameters(LLAMA_7B, "loreft", rank=8, positions="f7+l7", tied="all").trainable
-    assert (
-        rl.count_parameters(LLAMA_7B, "loreft", rank=8, positions="f7+l7", tied="group").trainable == 2 * tied
-    )
-    assert (
-        rl.count_parameters(LLAMA_7B, "loreft", rank=8, positions="f7+l7", tied="position").trainable
-        == 14 * tied
-    )
+    def trained(tied, positions="f7+l7"):
+        return rl.count_parameters(LLAMA_7B, "loreft", rank=8, positions=positions, tied=tied).trainable
+
+    assert trained("group") == 2 * trained("all")
+    assert trained("position") == 14 * trained("all")
     # peers count a second, unused intervention for a prefix alone
-    assert rl.count_parameters(LLAMA_7B, "loreft", rank=8, positions="f7", tied="group").trainable == tied
+    assert trained("group", "f7") == trained("all")
 
 
 def test_settings_by_layer_count_by_layer():

@@ -35,8 +35,10 @@ def logits(reft):
         return reft(input_ids=IDS, attention_mask=MASK).logits
 
 
-@pytest.mark.parametrize("tied", ["all", "group", "position"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "tied"),
+    [("loreft", "all"), ("loreft", "position"), *((method, "group") for method in METHODS)],
+)
 def test_save_and_load_give_equal_logits_and_generate_the_same_ids(method, tied, tmp_path):
     # pyreft: reload forgets settings (D9), cannot read NoReFT and the paper's DiReFT (D37); adapters: DiReFT -> NoReFT
     reft = attached(method, tied=tied, dropout=0.1, dropout_on="output")
@@ -48,43 +50,24 @@ def test_save_and_load_give_equal_logits_and_generate_the_same_ids(method, tied,
     phi = next(iter(again.interventions["0"]))
     assert (phi.dropout, phi.dropout_on) == (0.1, "output")
     assert again.config == reft.config
+    saved, state = (
+        load_file(tmp_path / TENSOR_FILE),
+        reft.adapter_state_dict(),
+    )  # pyreft: d x d bases (D60, D63)
+    assert saved.keys() == state.keys()
+    assert all(torch.equal(saved[name], state[name]) for name in state)
+    assert sum(tensor.numel() for tensor in saved.values()) == reft.parameter_count().trainable
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([CARD_FILE, CONFIG_FILE, TENSOR_FILE])
 
 
 def test_settings_by_layer_and_component_come_back(tmp_path):
-    reft = attached(
-        layers={0: {"rank": 1, "positions": "prompt"}, 2: {"method": "direft"}}, component="mlp_output"
-    )
+    layers = {0: {"rank": 1, "positions": "prompt"}, 2: {"method": "direft"}}
+    reft = attached(layers=layers, component="mlp_output")
     reft.save_pretrained(tmp_path)
     again = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()
     assert torch.equal(logits(again), logits(reft))
     assert next(iter(again.interventions["0"])).rank == 1
     assert type(next(iter(again.interventions["2"]))) is rl.DiReFT
-
-
-def test_trained_heads_are_saved_with_the_interventions(tmp_path):  # pyreft drops them (D11)
-    torch.manual_seed(0)
-    reft = rl.attach(tiny.model("roberta"), "loreft", rank=1, positions="f1", heads=["classifier"]).eval()
-    with torch.no_grad():
-        reft.base_model.classifier.out_proj.weight.add_(1.0)
-    reft.save_pretrained(tmp_path)
-    again = rl.ReftModel.from_pretrained(tiny.model("roberta"), tmp_path).eval()
-    assert torch.equal(logits(again), logits(reft))
-    assert not torch.equal(
-        logits(again), tiny.model("roberta").eval()(input_ids=IDS, attention_mask=MASK).logits
-    )
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_file_holds_each_trained_tensor_by_its_name(
-    method, tmp_path
-):  # pyreft stores d x d bases (D60, D63)
-    reft = attached(method)
-    reft.save_pretrained(tmp_path)
-    saved, state = load_file(tmp_path / TENSOR_FILE), reft.adapter_state_dict()
-    assert saved.keys() == state.keys()
-    assert all(torch.equal(saved[name], state[name]) for name in state)
-    assert sum(tensor.numel() for tensor in saved.values()) == reft.parameter_count().trainable
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([CARD_FILE, CONFIG_FILE, TENSOR_FILE])
 
 
 def test_saving_again_replaces_the_old_adapter(tmp_path):  # pyreft skips a folder that is not empty (D10)
@@ -101,45 +84,6 @@ def test_a_config_cannot_name_code_to_import(tmp_path):  # pyreft imports any cl
     (tmp_path / CONFIG_FILE).write_text(json.dumps(config | {"method": "subprocess.Popen"}))
     with pytest.raises(ValueError, match=r"unknown intervention 'subprocess\.Popen'"):
         rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
-
-
-def change(folder, **values):
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    (folder / CONFIG_FILE).write_text(json.dumps({k: v for k, v in (config | values).items() if v != "drop"}))
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ({"format": 99}, "format 99.*update"),
-        ({"format": "drop"}, "format None"),
-        ({"colour": "red"}, r"unknown keys \['colour'\]"),
-        ({"layers": [0, 7]}, "layer must lie in|no module"),
-        ({"method": "lorefd"}, "did you mean 'loreft'"),
-    ],
-)
-def test_a_config_that_cannot_be_read_says_why(values, said, tmp_path):
-    attached().save_pretrained(tmp_path)
-    change(tmp_path, **values)
-    with pytest.raises(ValueError, match=said):
-        rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
-
-
-def test_an_incomplete_or_foreign_file_is_refused(tmp_path):
-    attached().save_pretrained(tmp_path)
-    state = load_file(tmp_path / TENSOR_FILE)
-    name = "interventions.0.0.basis"
-    for wrong, said in (
-        ({k: v for k, v in state.items() if k != name}, r"missing.*interventions\.0\.0\.basis"),
-        (state | {"stray": torch.zeros(1)}, r"unexpected.*stray"),
-        (
-            state | {name: state[name][:1].clone()},
-            r"interventions\.0\.0\.basis: \(1, 16\) instead of \(2, 16\)",
-        ),
-    ):
-        save_file(wrong, tmp_path / TENSOR_FILE)
-        with pytest.raises(ValueError, match=said):
-            rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
 
 
 def test_a_folder_without_an_adapter_says_what_is_there(tmp_path):
@@ -163,15 +107,6 @@ def test_a_folder_of_another_library_says_what_reads_it(files, reader, tmp_path)
         FileNotFoundError, match=rf"reft_config.json is missing; it has .*{re.escape(reader)}$"
     ):
         rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
-
-
-@pytest.mark.parametrize("name", ["nobody/no-such-adapter", "not a name", "missing/folder/here"])
-def test_a_name_that_is_nowhere_says_so(name, monkeypatch):
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match=f"'{name}' is not a folder"):
-        rl.ReftModel.from_pretrained(tiny.model("llama"), name)
 
 
 def first_token(prompt, target):
@@ -206,18 +141,6 @@ def test_a_crash_while_saving_leaves_the_old_adapter(tmp_path, monkeypatch):
         attached(layers=[1]).save_pretrained(tmp_path)
     again = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()
     assert torch.equal(logits(again), logits(reft))
-
-
-def test_a_reloaded_rotation_stays_orthonormal_under_training(tmp_path):  # pyreft: R'R - I = .096 (D6)
-    attached().save_pretrained(tmp_path)
-    reft = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
-    optimizer = torch.optim.AdamW(reft.interventions.parameters(), lr=1e-2, weight_decay=0.1)
-    for _ in range(10):
-        optimizer.zero_grad()
-        reft(input_ids=IDS, attention_mask=MASK).logits.square().mean().backward()
-        optimizer.step()
-    R = next(iter(reft.interventions["1"])).R
-    torch.testing.assert_close(R @ R.mT, torch.eye(2), atol=1e-5, rtol=0)
 
 
 def test_the_model_card_says_how_to_load_and_what_was_set(tmp_path):
@@ -280,24 +203,24 @@ def test_what_cannot_be_saved_makes_no_repository(uploads):
     assert [what for what, *_ in uploads] == ["login"]
 
 
+BROKEN = [
+    (
+        lambda t: torch.full_like(t, torch.nan),
+        r"has NaN or infinite values in .*basis: its training diverged",
+    ),
+    (lambda t: t.index_fill(0, torch.tensor([1]), -torch.inf), r"has NaN or infinite values in .*basis"),
+    (lambda t: t.half().fill_(torch.inf), r"has NaN or infinite values in .*basis"),
+    (lambda t: t.mul(100).to(torch.int8), r"has integer weights: .*basis \(int8\)"),
+    (lambda t: t.bool(), r"has integer weights: .*basis \(bool\)"),
+]
+
+
 @pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (
-            lambda t: torch.full_like(t, torch.nan),
-            r"has NaN or infinite values in .*basis: its training diverged",
-        ),
-        (
-            lambda t: t.index_fill(0, torch.tensor([1]), -torch.inf),
-            r"has NaN or infinite values in .*basis",
-        ),
-        (lambda t: t.half().fill_(torch.inf), r"has NaN or infinite values in .*basis"),
-        (lambda t: t.mul(100).to(torch.int8), r"has integer weights: .*basis \(int8\)"),
-        (lambda t: t.bool(), r"has integer weights: .*basis \(bool\)"),
-    ],
-)
-@pytest.mark.parametrize("method", ["loreft", "peft/lora", "bitfit", "loreft + peft/lora"])
-def test_tensors_that_are_no_weights_are_refused(method, change, said, tmp_path):
+    ("method", "change", "said"),
+    [*(("loreft", *broken) for broken in BROKEN),
+     *((method, *BROKEN[0]) for method in ("peft/lora", "bitfit", "loreft + peft/lora"))],
+)  # fmt: skip
+def test_tensors_that_are_no_weights_are_refused(method, change, said):
     model = adapted("bert", method)
     state = {name: tensor.clone() for name, tensor in model.adapter_state_dict().items()}
     name = list(state)[-1]
@@ -305,15 +228,6 @@ def test_tensors_that_are_no_weights_are_refused(method, change, said, tmp_path)
         model.load_adapter_state_dict(state | {name: change(state[name])})
     assert torch.equal(model.adapter_state_dict()[name], state[name])
     model.load_adapter_state_dict(state)
-
-
-def test_a_loaded_file_with_nan_is_refused(tmp_path):
-    attached().save_pretrained(tmp_path)
-    state = load_file(tmp_path / TENSOR_FILE)
-    state["interventions.1.0.source.bias"][0] = torch.nan
-    save_file(state, tmp_path / TENSOR_FILE)
-    with pytest.raises(ValueError, match=r"NaN or infinite values in interventions\.1\.0\.source\.bias"):
-        rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

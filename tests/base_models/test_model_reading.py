@@ -1,4 +1,4 @@
-"""How a model reads a row is found by trying it: causal or not, and whether padding needs position ids."""
+"""Trying a model tells whether it is causal and whether padding needs position ids."""
 
 import copy
 import logging
@@ -36,9 +36,9 @@ def built(name, auto=AutoModelForCausalLM, **own):
         ("xlnet", {}, False),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_change_of_the_last_token_tells_who_reads_backwards(name, own, causal, dtype):
-    assert reading_of(built(name, **own).to(dtype)).causal is causal
+def test_a_change_of_the_last_token_tells_who_reads_backwards(name, own, causal):
+    for dtype in (torch.float32, torch.bfloat16):
+        assert reading_of(built(name, **own).to(dtype)).causal is causal, dtype
 
 
 def test_a_masked_language_model_and_a_classifier_are_not_causal():
@@ -90,7 +90,7 @@ def test_a_model_that_cannot_be_copied_is_tried_itself_and_left_as_it_was(caplog
     assert all(module.training for module in model.modules())
 
 
-@pytest.mark.parametrize("family", [*tiny.DECODERS])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt"])
 def test_a_bare_copy_shares_the_weights_and_nothing_else(family):
     model, ids = tiny.model(family), tiny.rows(6)[0][None]
     expected = model(input_ids=ids).logits
@@ -115,19 +115,15 @@ def test_a_vocabulary_of_a_few_tokens_is_enough():
     assert reading_of(built("gpt2", vocab_size=6, pad_token_id=0, bos_token_id=1, eos_token_id=1)).causal
 
 
-def test_a_model_that_cannot_be_tried_is_taken_for_what_it_is_called(caplog):
+def test_a_model_that_cannot_be_tried_is_taken_for_what_it_is_called(caplog, monkeypatch):
     model = built("gpt2")
-    model.forward = lambda input_ids, position_ids=None, **rest: (_ for _ in ()).throw(
-        RuntimeError("no text")
-    )
-    model.config.__class__.to_dict, kept = (
-        (lambda self: (_ for _ in ()).throw(KeyError("x"))),
-        type(model.config).to_dict,
-    )
-    try:
-        assert reading_of(model) == Reading(True, True)
-    finally:
-        model.config.__class__.to_dict = kept
+
+    def fails(*args, position_ids=None, **kwargs):
+        raise RuntimeError("no text")
+
+    model.forward = fails
+    monkeypatch.setattr(type(model.config), "to_dict", fails)
+    assert reading_of(model) == Reading(True, True)
     assert "could not be tested" in caplog.text
 
 
@@ -135,10 +131,7 @@ def test_a_number_that_goes_with_a_text_changes_no_position():
     model, mask = built("gpt2"), torch.tensor([[0, 1, 1], [1, 1, 1]])
     expected = position_ids_for(model, mask, 3, {})
     assert expected is not None
-    for name, value in (
-        ("num_items_in_batch", torch.tensor(4)),
-        ("shift_labels", mask),
-        ("start_positions", mask[:, 0]),
-    ):
+    numbers = {"num_items_in_batch": torch.tensor(4), "shift_labels": mask, "start_positions": mask[:, 0]}
+    for name, value in numbers.items():
         assert torch.equal(position_ids_for(model, mask, 3, {name: value}), expected)
     assert position_ids_for(model, mask, 3, {"pixel_values": torch.ones(1, 3, 2, 2)}) is None

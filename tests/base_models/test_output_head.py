@@ -13,9 +13,10 @@ from reft_lightning.base_models.output_head import join_columns
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
-MODELS = [("loreft", family) for family in tiny.DECODERS] + [
-    (method, "llama") for method in ("peft/lora", "full", "frozen")
-] + [("bitfit", "gpt2")]  # fmt: skip
+MODELS = [
+    *(("loreft", family) for family in ("llama", "gpt2", "gptj", "opt", "gemma3")),
+    ("peft/lora", "llama"),
+]
 
 
 class HeadProducts(TorchDispatchMode):
@@ -66,21 +67,20 @@ def test_loaded_models_have_it_and_attaching_adds_nothing():
 
 
 @pytest.mark.parametrize("method", ["loreft", "peft/lora"])
-def test_so_are_the_first_logits_of_a_generation(method):
+def test_the_first_logits_of_a_generation_are_one_product(method):
     model, batch = built(method, "llama"), tiny.padded(tiny.rows(5, 4, 7), "left")
     with HeadProducts() as products:
         model.generate(**batch, max_new_tokens=3)
     assert products.found == [("mm", (3, tiny.WIDTH))] * 3
 
 
-def test_and_their_gradients():
+def test_the_gradients_of_the_last_columns_are_one_product():
     reft, batch = built("loreft", "llama"), tiny.padded(tiny.rows(5, 4, 7), "left")
     labels = batch["input_ids"][:, -3:]
     reft(**batch)  # the first batch with padding on the left: it is tried how the model reads
     with HeadProducts() as products:
-        reft(
-            **batch, labels=labels, logits_to_keep=3, prompt_mask=batch["attention_mask"].bool()
-        ).loss.backward()
+        prompt = batch["attention_mask"].bool()
+        reft(**batch, labels=labels, logits_to_keep=3, prompt_mask=prompt).loss.backward()
     forward, backward = products.found
     assert forward == ("mm", (9, tiny.WIDTH))
     assert backward == ("mm", (9, tiny.VOCABULARY))

@@ -106,11 +106,8 @@ def test_gradients_are_those_of_its_rounded_weights(folder, name):
             torch.no_grad()
         ):  # as a validation does, after which bitsandbytes may keep weights in another form
             reft(input_ids=ids)
-        reft(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            labels=ids.masked_fill(torch.arange(12) < 8, -100),
-        ).loss.backward()
+        labels = ids.masked_fill(torch.arange(12) < 8, -100)
+        reft(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
         found.append(torch.cat([p.grad.flatten() for p in reft.interventions.parameters()]))
     assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.99  # products of 8 and 16 bits
 
@@ -129,10 +126,8 @@ def test_a_model_that_transformers_quantized_takes_adapters(folder, name):
     base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings(name))
     reft = rl.attach(base, "loreft", rank=2, positions="l2")
     ids = torch.randint(3, 200, (2, 12))
-    assert reft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3).shape == (
-        2,
-        15,
-    )
+    text = reft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3)
+    assert text.shape == (2, 15)
 
 
 @pytest.mark.parametrize(
@@ -171,23 +166,17 @@ def test_what_passes_no_gradient_on_or_has_no_kernel_is_said(kind, said):
         check_quantization({"quant_method": "torchao", "quant_type": quant_type})
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (["+model.quantization.quant_method=bitnet"], "source=random are drawn"),
-        (["model.device_map=auto"], "source=random are drawn"),
-    ],
-)
-def test_weights_that_are_drawn_are_not_quantized(tmp_path, overrides, said):
-    with pytest.raises(experiment.SetupError, match=said):
-        short_runs.run(short_runs.write_rows(tmp_path / "rows"), tmp_path / "run", *overrides)
+def test_weights_that_are_drawn_are_not_quantized(tmp_path):
+    data = short_runs.write_rows(tmp_path / "rows")
+    for override in ("+model.quantization.quant_method=bitnet", "model.device_map=auto"):
+        with pytest.raises(experiment.SetupError, match="source=random are drawn"):
+            short_runs.run(data, tmp_path / "run", override)
 
 
 def test_all_of_a_quantized_base_is_not_trained(folder, tmp_path):
     data = short_runs.write_rows(tmp_path / "rows")
-    config = short_runs.config(
-        data, "model=local", f"model.path={folder}", "+model.quantization.quant_method=bitnet"
-    )
+    given = ("model=local", f"model.path={folder}", "+model.quantization.quant_method=bitnet")
+    config = short_runs.config(data, *given)
     full = replace(config, intervention=InterventionConfig(method="full"))
     with pytest.raises(experiment.SetupError, match=r"full trains the weights that model\.quantization"):
         experiment.run(full, tmp_path / "run")

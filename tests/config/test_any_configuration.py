@@ -69,11 +69,6 @@ def overrides(draw):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return short_runs.write_rows(tmp_path_factory.mktemp("rows"))
-
-
-@pytest.fixture(scope="module")
 def composing(data):
     with compose.composing() as one:
         yield lambda texts: one([*short_runs.arguments(data), *texts])

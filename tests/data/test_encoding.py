@@ -155,7 +155,7 @@ class TestLayout:
         pairs = (("a?\n", "yes"), ("longer?\n", "no"), ("b\n", "maybe so"))
         return [encode(tokenizer, make(prompt=p, target=t), 64) for p, t in pairs]
 
-    def test_prompts_end_and_targets_begin_at_one_boundary(self, rows, tokenizer):
+    def test_prompts_end_and_targets_begin_at_one_boundary(self, rows):
         batch = Collator(0)(rows)
         boundary = batch["boundary"]
         assert type(boundary) is int
@@ -175,7 +175,7 @@ class TestLayout:
             assert prompt.nonzero().flatten().tolist() == list(range(boundary - n, boundary))
             assert (labels != -100).sum() == t
 
-    def test_the_last_prompt_token_is_the_same_column_in_every_row_D7(self, rows, tokenizer):
+    def test_the_last_prompt_token_is_the_same_column_in_every_row_D7(self, rows):
         batch = Collator(0)(rows)
         assert (batch["input_ids"][:, batch["boundary"] - 1] == ord("\n") + 3).all()
         assert batch["prompt_mask"][:, batch["boundary"] - 1].all()

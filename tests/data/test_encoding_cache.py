@@ -73,8 +73,7 @@ def lines(caplog):
 
 
 class TestRows:
-    @pytest.mark.parametrize("kind", TOKENIZERS)
-    @pytest.mark.parametrize("processes", [1, 2])
+    @pytest.mark.parametrize(("kind", "processes"), [("fast", 1), ("spanning", 2), ("slow", 1)])
     def test_rows_of_processes_and_of_files_are_those_of_one_call_each(
         self, kind, processes, monkeypatch, caplog, cache
     ):
@@ -98,9 +97,8 @@ class TestRows:
         assert len(said) == (3 if kind == "spanning" else 2)
         assert any(not row.joint for row in alone) == (kind == "spanning")
 
-    @pytest.mark.parametrize("processes", [1, 2])
-    @pytest.mark.parametrize("pairs", [True, False])
-    def test_a_classifiers_texts_are_the_same_from_files(self, processes, pairs, monkeypatch, cache, caplog):
+    @pytest.mark.parametrize(("processes", "pairs"), [(1, False), (2, True)])
+    def test_a_classifiers_texts_are_the_same_from_files(self, processes, pairs, monkeypatch, cache):
         tokenizer = byte_tokenizer()
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A <s> $B:1", special_tokens=[("<s>", 1)]
@@ -210,7 +208,7 @@ class TestFiles:
             check(run(log))
         assert log.read_text() == "xx"  # two chunks, once
 
-    def test_fewer_rows_are_computed_here(self, tmp_path, cache):
+    def test_fewer_rows_are_computed_here(self, cache):
         few = {"text": WORDS["text"][:3]}
         columns = prepare(lengths_of, few, TYPES, depends_on=pytest.fail)
         assert columns["n"].tolist() == [3, 0, 5]
@@ -407,7 +405,7 @@ class TestNames:
         run(max_length=7)
         assert len(kept(cache)) == 6
 
-    def test_a_digest_tells_columns_and_borders_of_texts_apart(self, monkeypatch):
+    def test_a_digest_tells_columns_and_borders_of_texts_apart(self):
         some = [
             {"a": ["x", "y"], "b": ["z", "w"]},
             {"a": ["z", "w"], "b": ["x", "y"]},

@@ -159,20 +159,15 @@ BERT = ["model.config.model_type=bert"]
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_what_would_fail_after_training_is_refused_before(rows, tmp_path, overrides, message):
+def test_what_would_fail_after_training_is_refused_before(data, tmp_path, overrides, message):
     with pytest.raises((experiment.SetupError, compose.CompositionError), match=message):
-        short_runs.run(rows, tmp_path, *overrides)
+        short_runs.run(data, tmp_path, *overrides)
     assert not (tmp_path / "config.yaml").exists()
 
 
-@pytest.fixture
-def rows(tmp_path_factory):
-    return short_runs.write_rows(tmp_path_factory.mktemp("rows"))
-
-
-def test_missing_test_rows_are_found_before_training(rows, tmp_path):
-    for file in (rows / "boolq").glob("test*"):
-        file.unlink()
+def test_missing_test_rows_are_found_before_training(tmp_path):
+    rows = short_runs.write_rows(tmp_path / "rows")
+    (rows / "boolq" / "test.json").unlink()
     with pytest.raises(experiment.SetupError, match=r"lacks boolq/test\.json"):
         short_runs.run(rows, tmp_path)
     results = short_runs.run(rows, tmp_path, "test=false", "trainer.max_steps=1")

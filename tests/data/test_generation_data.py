@@ -7,9 +7,11 @@ import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import lightning.pytorch as pl
 import pytest
+import short_runs
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.data import _update_dataloader
@@ -163,10 +165,6 @@ class TestSplits:
         options = Counter(e.options for e in data._validation["mixture"].examples)
         assert len(options) == 6  # true/false, solution, answer1-3, ending, option and answer1-4 all occur
 
-    def test_equal_fingerprints_mean_equal_text(self):
-        assert fingerprint(toy(3)) == fingerprint(toy(3))
-        assert fingerprint(toy(3)) != fingerprint(toy(3)[::-1])
-
     # everything that training or scoring reads: the rejected answer of a pair, the ranked options, the gold answers
     @pytest.mark.parametrize(
         "changed",
@@ -184,6 +182,7 @@ class TestSplits:
         row = Example("t", "q", "a", "a", options=("a", "b"))
         assert fingerprint([row]) != fingerprint([replace(row, **changed)])
         assert fingerprint([row]) == fingerprint([replace(row, source="elsewhere", recorded={"id": "7"})])
+        assert fingerprint(toy(3)) != fingerprint(toy(3)[::-1])
 
 
 class TestTestSplit:
@@ -328,14 +327,6 @@ class TestLoaders:
                 row = data.train_rows[int(i)]
                 assert ids[mask].tolist() == row.prompt_ids + row.target_ids
 
-    def test_there_is_one_loader_per_task_in_the_order_of_the_tasks(self):
-        data = make()
-        for task, loader in zip(data.val_tasks, data.val_dataloader(), strict=True):
-            assert {e.task for batch in loader for e in batch["examples"]} == {task}
-        for task, loader in zip(data.test_tasks, data.test_dataloader(), strict=True):
-            examples = [e for batch in loader for e in batch["examples"]]
-            assert ({e.task for e in examples}, len(examples)) == ({task}, 5)
-
     def test_an_evaluation_batch_has_the_examples_of_its_rows(self):
         data = make()
         for batch in data.val_dataloader()[0]:
@@ -354,6 +345,16 @@ class TestLoaders:
             lengths.append(len(data.train_dataloader()))
         assert sorted(parts) == sorted(whole)
         assert lengths[0] == lengths[1]
+
+    @pytest.mark.parametrize("given", [2, 8])  # in the middle of an epoch, and at its end
+    def test_without_lightning_too_a_loader_goes_on_where_its_state_was_saved(self, given):
+        loader, again = (make(limit_train=30).train_dataloader() for _ in range(2))
+        batches = iter(loader)
+        for _ in range(given):
+            next(batches)
+        again.load_state_dict(loader.state_dict())
+        rest = list(batches) or list(loader)
+        assert [batch["rows"].tolist() for batch in again] == [batch["rows"].tolist() for batch in rest]
 
     def test_lightning_cannot_divide_the_rows_of_a_rank_once_more(self):
         """It does so unless the Trainer has `use_distributed_sampler=False`, as its error says."""
@@ -436,89 +437,74 @@ class Recorder(pl.LightningModule):
 
 
 def trainer(folder, **changes):
-    arguments = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
-    arguments |= {"enable_model_summary": False, "use_distributed_sampler": False, "num_sanity_val_steps": 0}
-    arguments |= {"max_epochs": 3, "enable_checkpointing": True}
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
-    return pl.Trainer(**{**arguments, "callbacks": [saving], **changes})
+    saves = {"max_epochs": 3, "enable_checkpointing": True, "callbacks": [saving]}
+    return short_runs.trainer(**saves | changes)
+
+
+def resumed(folder, step, before, after, **settings):
+    """Train an interrupted run and its continuation; return what both saw, and the last model."""
+    first, second = Recorder(stop_at=step), Recorder()
+    with pytest.raises(InterruptedError):
+        trainer(folder, **settings).fit(first, datamodule=make(**before))
+    checkpoint = folder / f"step={step}.ckpt"
+    trainer(folder, **settings).fit(
+        second, datamodule=make(**after), ckpt_path=checkpoint, weights_only=False
+    )
+    return first.seen + second.seen, second
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted."""
+    model = Recorder()
+    trainer(tmp_path_factory.mktemp("whole")).fit(model, datamodule=make(**TestResume.rows))
+    assert len(model.seen) == 24
+    assert len({batch for _, batch in model.seen}) > 16  # epochs differ
+    return model
 
 
 class TestResume:
-    @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-    @pytest.mark.parametrize("step", [3, 8, 11, 16, 21])
+    """8 batches per epoch; other frameworks replay them (D69)."""
+
+    rows: ClassVar = {"limit_train": 30}
+
+    @pytest.mark.parametrize(
+        ("step", "before", "after"),
+        [  # within an epoch, at its end, within the next; the number of workers before and after
+            (3, 0, 0), (8, 0, 0), (11, 0, 0), (3, 2, 0), (11, 1, 2), pytest.param(8, 2, 2, marks=pytest.mark.slow),
+            pytest.param(21, 2, 2, marks=pytest.mark.slow),
+        ],
+    )  # fmt: skip
     def test_a_run_resumed_inside_or_at_the_end_of_an_epoch_sees_the_same_batches(
-        self, tmp_path, step, workers
+        self, tmp_path, whole, step, before, after
     ):
-        """8 batches per epoch: 3 and 11 are within an epoch, 8 and 16 at its end. Other frameworks replay (D69)."""
-        data = {"batch_size": 4, "num_workers": workers, "limit_train": 30}
-        whole = Recorder()
-        trainer(tmp_path / "whole").fit(whole, datamodule=make(**data))
-        assert len(whole.seen) == 24
-        assert len({batch for _, batch in whole.seen}) > 16  # epochs differ
-
-        first = Recorder(stop_at=step)
-        with pytest.raises(InterruptedError):
-            trainer(tmp_path / "cut").fit(first, datamodule=make(**data))
-        second = Recorder()
-        checkpoint = tmp_path / "cut" / f"step={step}.ckpt"
-        trainer(tmp_path / "cut").fit(
-            second, datamodule=make(**data), ckpt_path=checkpoint, weights_only=False
-        )
-        assert first.seen + second.seen == whole.seen
-        assert torch.equal(second.weight, whole.weight)
-
-    @pytest.mark.parametrize(("before", "after"), [(2, 0), (1, 2)])
-    def test_another_number_of_processes_that_read_rows_sees_the_same_batches(self, tmp_path, before, after):
-        whole, first, second = Recorder(), Recorder(stop_at=3), Recorder()
-        trainer(tmp_path / "whole", max_epochs=1).fit(whole, datamodule=make(limit_train=30))
-        with pytest.raises(InterruptedError):
-            trainer(tmp_path, max_epochs=1).fit(first, datamodule=make(limit_train=30, num_workers=before))
-        trainer(tmp_path, max_epochs=1).fit(
-            second,
-            datamodule=make(limit_train=30, num_workers=after),
-            ckpt_path=tmp_path / "step=3.ckpt",
-            weights_only=False,
-        )
-        assert first.seen + second.seen == whole.seen
+        data = (self.rows | {"num_workers": workers} for workers in (before, after))
+        seen, model = resumed(tmp_path, step, *data)
+        assert seen == whole.seen
+        assert torch.equal(model.weight, whole.weight)
 
     @pytest.mark.parametrize("step", [5, 6])
     def test_after_an_epoch_that_was_cut_short_comes_the_next(self, tmp_path, step):
         """Uses 5 of 8 batches per epoch."""
-        cut = {"max_epochs": 2, "limit_train_batches": 5}
-        whole, first, second = Recorder(), Recorder(stop_at=step), Recorder()
-        trainer(tmp_path / "whole", **cut).fit(whole, datamodule=make(limit_train=30))
-        with pytest.raises(InterruptedError):
-            trainer(tmp_path, **cut).fit(first, datamodule=make(limit_train=30))
-        checkpoint = tmp_path / f"step={step}.ckpt"
-        trainer(tmp_path, **cut).fit(
-            second, datamodule=make(limit_train=30), ckpt_path=checkpoint, weights_only=False
-        )
-        assert first.seen + second.seen == whole.seen
+        cut, whole = {"max_epochs": 2, "limit_train_batches": 5}, Recorder()
+        trainer(tmp_path / "whole", **cut).fit(whole, datamodule=make(**self.rows))
+        assert resumed(tmp_path, step, self.rows, self.rows, **cut)[0] == whole.seen
 
-    def test_a_checkpoint_of_the_epochs_end_resumes_with_the_next_epoch(self, tmp_path):
-        whole = Recorder()
-        trainer(tmp_path / "whole").fit(whole, datamodule=make(limit_train=30))
-
+    def test_a_checkpoint_of_the_epochs_end_resumes_with_the_next_epoch(self, tmp_path, whole):
         def ends(**changes):
             saving = ModelCheckpoint(tmp_path / "e", "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
             return trainer(tmp_path, callbacks=[saving], **changes)
 
         first, second, path = Recorder(), Recorder(), tmp_path / "e" / "epoch=0.ckpt"
-        ends(max_epochs=1).fit(first, datamodule=make(limit_train=30))
-        ends().fit(second, datamodule=make(limit_train=30), ckpt_path=path, weights_only=False)
+        ends(max_epochs=1).fit(first, datamodule=make(**self.rows))
+        ends().fit(second, datamodule=make(**self.rows), ckpt_path=path, weights_only=False)
         assert first.seen + second.seen == whole.seen
 
     def test_other_data_or_batches_cannot_resume_inside_an_epoch(self, tmp_path):
-        with pytest.raises(InterruptedError):
-            trainer(tmp_path).fit(Recorder(stop_at=3), datamodule=make(limit_train=30))
         words = r"cannot resume within an epoch: rows was 30 in the checkpoint and is 20 now"
         with pytest.raises(ValueError, match=words):
-            trainer(tmp_path).fit(
-                Recorder(),
-                datamodule=make(limit_train=20),
-                ckpt_path=tmp_path / "step=3.ckpt",
-                weights_only=False,
-            )
+            resumed(tmp_path, 3, self.rows, {"limit_train": 20})
 
     def test_tasks_name_the_loaders_that_lightning_runs(self, tmp_path):
         data = make(tasks=["boolq", "openbookqa"], train_tasks=["piqa", "boolq"])

@@ -357,18 +357,13 @@ def test_what_edits_no_marked_words_reads_the_same_text_without_marks(tmp_path):
     ("overrides", "words"),
     [
         (GIVEN[:1], r"the positions `given` need marked words: .* 'data\.marks="),
+        (["intervention.layers={0: {}, 1: {positions: 'given:0.5'}}"], "the positions `given` need marked words"),
         ([*GIVEN[:1], "data.marks=[a]"], "data.marks must be two different texts"),
         ([*GIVEN, "objective=reward", "data.options=[a,b]"], "data.marks cannot be used with"),
-        (
-            [*GIVEN, "intervention=das", "intervention.positions=given", "data.source_prompt=b"],
-            "cannot be used with data.source",
-        ),
-        (
-            [*GIVEN, "model.config={model_type: t5}"],
-            r"data.marks=\['<<', '>>'\] needs a model that reads prompt and",
-        ),
+        ([*GIVEN, "intervention=das", "intervention.positions=given", "data.source_prompt=b"], "used with data.source"),
+        ([*GIVEN, "model.config={model_type: t5}"], r"data.marks=\['<<', '>>'\] needs a model that reads prompt and"),
     ],
-)
+)  # fmt: skip
 def test_marks_that_cannot_be_read_are_refused_before_weights(tmp_path, overrides, words):
     with pytest.raises(ValueError, match=words):
         outline(config(write(tmp_path), *overrides))

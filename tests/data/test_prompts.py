@@ -5,7 +5,7 @@ import pytest
 from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.data.encoding import encode
 from reft_lightning.data.example import Example
-from reft_lightning.data.prompts import TEMPLATES, apply_template
+from reft_lightning.data.prompts import apply_template
 
 EXAMPLE = Example("t", "Name a colour.", "Red", "Red", ("Red", "Blue"), "t/train.json, row 3")
 # as for Llama-2: white space before an answer, BOS before everything
@@ -72,24 +72,22 @@ class TestPlain:
 
 
 class TestChat:
-    @pytest.mark.parametrize("template", [TURNS, BOS + TURNS, CHATML, BOS + CHATML, "\n" + BOS + TURNS])
-    def test_there_is_exactly_one_bos_for_a_tokenizer_that_adds_it(self, template):
-        tokenizer = chatting(template)
+    @pytest.mark.parametrize(
+        ("template", "add_bos", "count"),
+        [
+            *(
+                (template, True, 1)
+                for template in (TURNS, BOS + TURNS, CHATML, BOS + CHATML, "\n" + BOS + TURNS)
+            ),
+            *((template, False, 1) for template in (BOS + TURNS, BOS + CHATML)),
+            (CHATML, False, 0),  # none is invented
+        ],
+    )
+    def test_there_is_one_bos_where_tokenizer_or_template_has_it(self, template, add_bos, count):
+        tokenizer = chatting(template, add_bos)
         encoded = encode(tokenizer, one("chat", tokenizer=tokenizer), 512)
-        assert encoded.prompt_ids[0] == tokenizer.bos_token_id
-        assert (encoded.prompt_ids + encoded.target_ids).count(tokenizer.bos_token_id) == 1
-
-    @pytest.mark.parametrize("template", [BOS + TURNS, BOS + CHATML])
-    def test_there_is_exactly_one_bos_where_only_the_template_has_it(self, template):
-        tokenizer = chatting(template, add_bos=False)
-        encoded = encode(tokenizer, one("chat", tokenizer=tokenizer), 512)
-        assert encoded.prompt_ids[0] == tokenizer.bos_token_id
-        assert (encoded.prompt_ids + encoded.target_ids).count(tokenizer.bos_token_id) == 1
-
-    def test_none_is_invented_where_neither_has_one(self):
-        tokenizer = chatting(CHATML, add_bos=False)
-        encoded = encode(tokenizer, one("chat", tokenizer=tokenizer), 512)
-        assert tokenizer.bos_token_id not in encoded.prompt_ids
+        assert (encoded.prompt_ids[0] == tokenizer.bos_token_id) == bool(count)
+        assert (encoded.prompt_ids + encoded.target_ids).count(tokenizer.bos_token_id) == count
 
     @pytest.mark.parametrize("template", [TURNS, BOS + TURNS, CHATML, BOS + CHATML])
     @pytest.mark.parametrize("add_bos", [True, False])
@@ -182,6 +180,3 @@ class TestErrors:
             ValueError, match=r"row 9: a turn's role .* got 'assistent'; did you mean 'assistant'"
         ):
             one("chat", example, chatting())
-
-    def test_the_table_has_the_three_names_of_the_configuration(self):
-        assert tuple(TEMPLATES) == ("plain", "alpaca", "chat")

@@ -159,10 +159,10 @@ class TestTables:
         with pytest.raises(ValueError, match="the row that begins on line 3: not CSV"):
             list(read_csv(path))
 
-    def test_quotation_marks_in_a_tsv_are_text(self, tmp_path):
-        path = put(tmp_path, "rows.tsv", 'q\ta\n"he said\t1\nshe "said"\u2028\t2\n')
+    def test_quotation_marks_and_line_ends_but_a_line_feed_are_text_in_a_tsv(self, tmp_path):
+        path = put(tmp_path, "rows.tsv", 'q\ta\n"he\rsaid\t1\nshe "said"\u2028\t2\n')
         rows = list(read_tsv(path))
-        assert [row["q"] for row, _ in rows] == ['"he said', 'she "said"\u2028']
+        assert [row["q"] for row, _ in rows] == ['"he\rsaid', 'she "said"\u2028']
         assert places(rows) == ["rows.tsv, line 2", "rows.tsv, line 3"]
 
     def test_a_tsv_without_header_is_given_its_columns(self, tmp_path):
@@ -181,13 +181,13 @@ class TestDelimiters:
         path = put(tmp_path, "rows.csv", "\n".join(map(mark.join, lines)))
         assert [row for row, _ in read_file(path)] == [dict(zip(header, ["1", "'x'", "3"], strict=True))]
 
-    def test_a_decimal_comma_is_text_between_semicolons(self, tmp_path):
-        assert [row for row, _ in read_file(put(tmp_path, "rows.csv", "q;a\n1,5;2,5\n"))] == [
-            {"q": "1,5", "a": "2,5"}
-        ]
-
-    def test_one_column_needs_no_delimiter(self, tmp_path):
-        assert [row for row, _ in read_file(put(tmp_path, "rows.csv", "q\nwhere?\n"))] == [{"q": "where?"}]
+    @pytest.mark.parametrize(
+        ("text", "row"),
+        [("q;a\n1,5;2,5\n", {"q": "1,5", "a": "2,5"}), ("q\nwhere?\n", {"q": "where?"})],
+        ids=["decimal commas", "one column"],
+    )
+    def test_what_is_not_between_the_cells_of_the_header_is_text(self, tmp_path, text, row):
+        assert [found for found, _ in read_file(put(tmp_path, "rows.csv", text))] == [row]
 
     def test_another_delimiter_can_be_named(self, tmp_path):
         path = put(tmp_path, "rows.csv", "q;r|a\n1|2\n")
@@ -249,22 +249,19 @@ class TestParquet:
         table = pa.table(cells, pa.schema(kinds(pa.string()))).cast(pa.schema(kinds(pa.json_())))
         pq.write_table(table, tmp_path / "rows.parquet")
         assert [row for row, _ in read_file(tmp_path / "rows.parquet")] == rows
-        assert [row for row, _ in arrow_rows(table.to_batches(max_chunksize=2), "rows")] == rows
+        in_parts = list(arrow_rows(table.to_batches(max_chunksize=2), "rows"))
+        assert in_parts == [(row, f"rows, row {i}") for i, row in enumerate(rows)]
 
     def test_a_cell_that_is_no_json_names_row_and_column(self):
         table = pa.table({"a": pa.array(["1", "{"], pa.json_())})
         with pytest.raises(ValueError, match="rows, row 1: column 'a' is not JSON"):
             list(arrow_rows([table], "rows"))
 
-    def test_a_cut_file_is_named(self, tmp_path):
+    def test_a_cut_file_and_something_else_under_its_name_are_named(self, tmp_path):
         pq.write_table(pa.table({"q": ["a" * 1000, "b"]}), tmp_path / "rows.parquet")
-        put(tmp_path, "rows.parquet", (tmp_path / "rows.parquet").read_bytes()[:-40])
-        with pytest.raises(ValueError, match=r"rows\.parquet: not Parquet"):
-            list(read_file(tmp_path / "rows.parquet"))
-
-    def test_something_else_under_its_name_is_refused(self, tmp_path):
-        with pytest.raises(ValueError, match=r"rows\.parquet: not Parquet"):
-            list(read_file(put(tmp_path, "rows.parquet", "a,b\n1,2\n")))
+        for content in ((tmp_path / "rows.parquet").read_bytes()[:-40], "a,b\n1,2\n"):
+            with pytest.raises(ValueError, match=r"rows\.parquet: not Parquet"):
+                list(read_file(put(tmp_path, "rows.parquet", content)))
 
 
 class TestSavedFolders:

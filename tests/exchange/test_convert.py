@@ -43,14 +43,24 @@ def run(monkeypatch, capsys, tmp_path):
     return command
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """An adapter in ``mine``, of the base model in ``base``."""
-    tiny.model("llama").save_pretrained(tmp_path / "base")
-    reft = rl.attach(tiny.model("llama"), "loreft", rank=2, positions="f1+l2")
-    reft.config.base_model = str(tmp_path / "base")
-    reft.save_pretrained(tmp_path / "mine")
+def save(folder, method="loreft", place="mine", adapt=rl.attach, **settings):
+    """Save an adapter of the base model in ``base``; return it."""
+    reft = adapt(tiny.model("llama"), method, **({"rank": 2} if method == "loreft" else {}) | settings)
+    reft.config.base_model = str(folder / "base")
+    reft.save_pretrained(folder / place)
     return reft
+
+
+@pytest.fixture
+def base(tmp_path):
+    tiny.model("llama").save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def saved(tmp_path, base):
+    """An adapter in ``mine``, of the base model in ``base``."""
+    return save(tmp_path, positions="f1+l2")
 
 
 def test_there_and_back_again(run, saved, tmp_path):
@@ -63,9 +73,7 @@ def test_there_and_back_again(run, saved, tmp_path):
 
 
 def test_a_constant_vector_becomes_a_control_vector_and_nothing_else_does(run, saved, tmp_path, caplog):
-    reft = rl.attach(tiny.model("llama"), "bias", layers=[1], positions="all")
-    reft.config.base_model = str(tmp_path / "base")
-    reft.save_pretrained(tmp_path / "constant")
+    save(tmp_path, "bias", "constant", layers=[1], positions="all")
     with caplog.at_level(logging.INFO):
         assert run("constant", "to=gguf")[0] == 0
     assert not [record.name for record in caplog.records if record.name.startswith("gguf")]
@@ -78,15 +86,14 @@ def test_a_constant_vector_becomes_a_control_vector_and_nothing_else_does(run, s
 
 
 @pytest.mark.parametrize("to", OTHERS)
-def test_the_weights_of_the_base_model_are_not_needed(run, tmp_path, to):
-    tiny.model("llama").save_pretrained(tmp_path / "base")
+def test_the_weights_of_the_base_model_are_not_needed(run, tmp_path, base, to):
     method, settings = ("bias", {"layers": [1]}) if to == "gguf" else ("loreft", {"rank": 2})
     reft = rl.attach(tiny.model("llama"), method, positions="all", **settings)
     reft.scale = 0.5 if to != "pyreft" else 1.0
-    reft.config.base_model = str(tmp_path / "base")
+    reft.config.base_model = str(base)
     reft.save_pretrained(tmp_path / "mine")
     command.WRITERS[to](reft, tmp_path / "expected")
-    (tmp_path / "base" / "model.safetensors").unlink()
+    (base / "model.safetensors").unlink()
     assert run("mine", f"to={to}", "out=found")[0] == 0
     for path in (tmp_path / "expected").iterdir():
         there = tmp_path / "found" / path.name
@@ -96,31 +103,11 @@ def test_the_weights_of_the_base_model_are_not_needed(run, tmp_path, to):
             assert there.read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("to", "settings", "said"),
-    [
-        ("easysteer", {"component": "mlp_output"}, "edits only the output of blocks; got 'mlp_output'"),
-        ("easysteer", {"tied": "position"}, "tied='position' has one intervention per position"),
-        ("pyreft", {"tied": "position"}, "pyreft has one intervention for all positions"),
-    ],
-)
-def test_what_a_library_does_not_have_is_said_before_weights_are_loaded(run, tmp_path, to, settings, said):
-    tiny.model("llama").save_pretrained(tmp_path / "base")
-    (tmp_path / "base" / "model.safetensors").unlink()
-    reft = rl.attach(tiny.model("llama"), "loreft", rank=2, positions="f1+l1", **settings)
-    reft.config.base_model = str(tmp_path / "base")
-    reft.save_pretrained(tmp_path / "mine")
-    status, error = run("mine", f"to={to}")
-    assert status == 2
-    assert said in " ".join(error.split())
-
-
-def test_a_trained_head_comes_with_the_weights(run, tmp_path):
-    tiny.model("llama").save_pretrained(tmp_path / "base")
+def test_a_trained_head_comes_with_the_weights(run, tmp_path, base):
     reft = rl.attach(tiny.model("llama"), "loreft", rank=2, positions="f1+l1", heads=["lm_head"])
     with torch.no_grad():
         reft.base_model.lm_head.weight.add_(1.0)
-    reft.config.base_model = str(tmp_path / "base")
+    reft.config.base_model = str(base)
     reft.save_pretrained(tmp_path / "mine")
     assert run("mine", "to=pyreft")[0] == 0
     assert run("mine-pyreft", "to=reft", "out=again")[0] == 0
@@ -188,37 +175,40 @@ def test_what_does_not_fit_is_said_before_weights_are_loaded(run, saved, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("method", "settings", "to", "said"),
+    ("to", "method", "settings", "said"),
     [
-        (
-            "bias",
-            {"layers": [0, 1]},
-            "gguf",
-            "layer 0: llama.cpp adds control vectors only to blocks after the first",
-        ),
-        ("lofit", {"component": "head_output"}, "gguf", "only to the output of blocks; got 'head_output'"),
-        (
-            "bias",
-            {"layers": {1: {}, 2: {"positions": "f1"}}},
-            "gguf",
-            "layer 2: .*must be all; got positions=f1",
-        ),
-        ("bias", {"heads": ["lm_head"]}, "gguf", "a control vector cannot hold heads"),
-        *[("bias", {"beside": "peft/lora"}, to, "was trained together with peft/lora") for to in OTHERS],
+        ("gguf", "bias", {"layers": [0, 1]}, "layer 0: llama.cpp adds control vectors only to blocks after the first"),
+        ("gguf", "lofit", {"component": "head_output"}, "only to the output of blocks; got 'head_output'"),
+        ("gguf", "bias", {"layers": {1: {}, 2: {"positions": "f1"}}}, "layer 2: .*must be all; got positions=f1"),
+        ("gguf", "bias", {"heads": ["lm_head"]}, "a control vector cannot hold heads"),
+        *[(to, "bias", {"beside": "peft/lora", "adapt": adapt}, "trained together with peft/lora") for to in OTHERS],
     ],
-)
+)  # fmt: skip
 def test_what_the_configuration_tells_is_said_before_weights_are_loaded(
-    run, tmp_path, method, settings, to, said
+    run, tmp_path, to, method, settings, said
 ):
-    together = "beside" in settings
-    settings = {"layers": [1], "positions": "all", **settings}
-    make = adapt if together else rl.attach
-    reft = make(tiny.model("llama"), method, **settings)
-    reft.config.base_model = str(tmp_path / "moved")  # not there: loading it fails
-    reft.save_pretrained(tmp_path / "mine")
+    save(tmp_path, method, **{"layers": [1], "positions": "all", **settings})  # whose base is not there
     status, error = run("mine", f"to={to}")
     assert status == 2
     assert re.search(said, " ".join(error.split()))
+
+
+@pytest.mark.parametrize(
+    ("to", "settings", "said"),
+    [
+        ("easysteer", {"component": "mlp_output"}, "edits only the output of blocks; got 'mlp_output'"),
+        ("easysteer", {"tied": "position"}, "tied='position' has one intervention per position"),
+        ("pyreft", {"tied": "position"}, "pyreft has one intervention for all positions"),
+    ],
+)
+def test_what_a_library_does_not_have_is_said_before_weights_are_loaded(
+    run, tmp_path, base, to, settings, said
+):
+    (base / "model.safetensors").unlink()
+    save(tmp_path, positions="f1+l1", **settings)
+    status, error = run("mine", f"to={to}")
+    assert status == 2
+    assert said in " ".join(error.split())
 
 
 def test_a_base_model_that_is_not_there_is_asked_for_in_the_words_of_the_command(run, saved, tmp_path):

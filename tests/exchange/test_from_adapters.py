@@ -1,4 +1,4 @@
-"""What AdapterHub's adapters saved is read, and computes what it computed there.
+"""Adapters that AdapterHub's adapters saved compute here what they computed there.
 
 Folders and numbers come from ``golden/make_adapters_folders.py``; adapters is not needed to run this file.
 """
@@ -12,15 +12,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from adapted_models import state_of
+from golden_llama import GOLDEN, base_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import reft_lightning as rl
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = GOLDEN / "adapters_folders"
-BASE = json.loads((GOLDEN / "pyreft.json").read_text())["base_config"]
 TENSORS = load_file(GOLDEN / "adapters_folders.safetensors")
 IDS = TENSORS["input_ids"]
 MASK = (IDS != 0).long()
@@ -30,14 +29,6 @@ NAMES = {
     "learned_source.bias": "source.bias",
     "projection.weight": "projection.weight",
 }
-
-
-def base_model():
-    model = LlamaForCausalLM(LlamaConfig(**BASE)).eval()
-    weights = load_file(GOLDEN / "pyreft.safetensors")
-    weights = {name.removeprefix("base/"): t for name, t in weights.items() if name.startswith("base/")}
-    model.load_state_dict(weights, strict=False)  # the head is tied to the embeddings
-    return model
 
 
 def method_of(case):
@@ -98,83 +89,68 @@ def folder(tmp_path):
 UNIT = "model.layers.0.reft_layer.refts.mine.units.0"
 
 
-def damage(folder, kind):
-    config, file = folder / "adapter_config.json", folder / "adapter.safetensors"
-    values, state = json.loads(config.read_text()), load_file(file)
-
-    def change(**own):
-        config.write_text(json.dumps(values | {"config": {**values["config"], **own}}))
-
-    match kind:
-        case "truncated":
-            file.write_bytes(file.read_bytes()[:500])
-        case "empty":
-            file.write_bytes(b"")
-        case "missing tensor":
-            save_file({k: t for k, t in state.items() if k != f"{UNIT}.learned_source.bias"}, file)
-        case "missing unit":
-            change(tied_weights=False)
-        case "two adapters":
-            save_file(state | {UNIT.replace("mine", "yours") + ".learned_source.bias": torch.zeros(2)}, file)
-        case "of LoRA":
-            change(architecture="lora")
-        case "foreign tensors":
-            save_file({"model.layers.0.mlp.weight": torch.zeros(2)}, file)
-        case "other width":
-            save_file(state | {f"{UNIT}.learned_source.weight": torch.zeros(2, 48)}, file)
-        case "other depth":
-            save_file({name.replace("layers.2", "layers.7"): t for name, t in state.items()}, file)
-        case "no positions":
-            change(prefix_positions=0, suffix_positions=0)
-        case "no rank":
-            config.write_text(json.dumps({"config": {"architecture": "reft"}}))
-        case "config of no kind":
-            config.write_text("[]")
-        case "foreign config":
-            config.write_text('{"peft_type": "LORA"}')
-        case "head of its own":
-            save_file({"heads.mine.1.weight": torch.zeros(2, 2)}, folder / "model_head.safetensors")
-        case "activation":
-            change(non_linearity="laplace")
+CONFIG, TENSORS_FILE, HEAD = "adapter_config.json", "adapter.safetensors", "model_head.safetensors"
 
 
+def config(**own):
+    def change(folder):
+        values = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps(values | {"config": {**values["config"], **own}}))
+
+    return change
+
+
+def text(content):
+    return lambda folder: (folder / CONFIG).write_text(content)
+
+
+def tensors(change):
+    return lambda folder: save_file(change(load_file(folder / TENSORS_FILE)), folder / TENSORS_FILE)
+
+
+def cut(size):
+    return lambda folder: (folder / TENSORS_FILE).write_bytes((folder / TENSORS_FILE).read_bytes()[:size])
+
+
+def without(name):
+    return tensors(lambda state: {key: t for key, t in state.items() if key != name})
+
+
+YOURS = UNIT.replace("mine", "yours") + ".learned_source.bias"
 DAMAGES = {
-    "truncated": ("adapter.safetensors", "damaged"),
-    "empty": ("adapter.safetensors", "damaged"),
-    "missing tensor": ("adapter.safetensors", r"unit 0 of layer 0 needs learned_source\.bias"),
-    "missing unit": ("adapter.safetensors", "layer 0 has no unit 1"),
-    "two adapters": ("adapter.safetensors", "got mine, yours at model.layers"),
-    "of LoRA": ("adapter_config.json", "'lora' instead of 'reft'"),
-    "foreign tensors": (
-        "adapter.safetensors",
-        r"contains model\.layers\.0\.mlp\.weight, which does not belong",
-    ),
-    "other width": ("theirs", r"source.weight: \(2, 48\) instead of \(2, 32\)"),
-    "other depth": ("theirs", "layer must lie in"),
-    "no positions": ("adapter_config.json", "has no positions"),
-    "no rank": ("adapter_config.json", "config has no orthogonality"),
-    "config of no kind": ("adapter_config.json", "contains a list"),
-    "foreign config": ("adapter_config.json", "is not a ReFT adapter"),
-    "head of its own": ("model_head.safetensors", r"LlamaForCausalLM does not have \(heads\.mine"),
-    "activation": ("theirs", "act_fn must be one of"),
-}
-
-
-def state_of(model):
-    return [(name, len(m._forward_hooks), sorted(vars(m))) for name, m in model.named_modules()]
+    "truncated": (cut(500), TENSORS_FILE, "damaged"),
+    "empty": (cut(0), TENSORS_FILE, "damaged"),
+    "missing tensor": (without(f"{UNIT}.learned_source.bias"), TENSORS_FILE,
+                       r"unit 0 of layer 0 needs learned_source\.bias"),
+    "missing unit": (config(tied_weights=False), TENSORS_FILE, "layer 0 has no unit 1"),
+    "two adapters": (tensors(lambda t: t | {YOURS: torch.zeros(2)}), TENSORS_FILE, "got mine, yours at model.layers"),
+    "of LoRA": (config(architecture="lora"), CONFIG, "'lora' instead of 'reft'"),
+    "foreign tensors": (tensors(lambda t: {"model.layers.0.mlp.weight": torch.zeros(2)}), TENSORS_FILE,
+                        r"contains model\.layers\.0\.mlp\.weight, which does not belong"),
+    "other width": (tensors(lambda t: t | {f"{UNIT}.learned_source.weight": torch.zeros(2, 48)}), "theirs",
+                    r"source.weight: \(2, 48\) instead of \(2, 32\)"),
+    "other depth": (tensors(lambda t: {n.replace("layers.2", "layers.7"): v for n, v in t.items()}), "theirs",
+                    "layer must lie in"),
+    "no positions": (config(prefix_positions=0, suffix_positions=0), CONFIG, "has no positions"),
+    "no rank": (text(json.dumps({"config": {"architecture": "reft"}})), CONFIG, "config has no orthogonality"),
+    "config of no kind": (text("[]"), CONFIG, "contains a list"),
+    "foreign config": (text('{"peft_type": "LORA"}'), CONFIG, "is not a ReFT adapter"),
+    "head of its own": (lambda f: save_file({"heads.mine.1.weight": torch.zeros(2, 2)}, f / HEAD), HEAD,
+                        r"LlamaForCausalLM does not have \(heads\.mine"),
+    "activation": (config(non_linearity="laplace"), "theirs", "act_fn must be one of"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_file_that_cannot_be_read_is_named_with_the_reason_and_changes_no_model(kind, folder):
-    damage(folder, kind)
+    damage, file, reason = DAMAGES[kind]
+    damage(folder)
     base = base_model()
     before = state_of(base)
-    file, reason = DAMAGES[kind]
     with pytest.raises(ValueError, match=reason) as raised:
         rl.from_adapters(base, folder)
     assert file in str(raised.value)
     assert state_of(base) == before
-    assert all(parameter.requires_grad for parameter in base.parameters())
 
 
 def test_a_folder_without_its_files_says_what_is_missing(folder):
@@ -187,9 +163,8 @@ def test_a_trained_head_is_read_with_the_adapter(tmp_path):
     base = tiny.model("roberta")
     name = "roberta.encoder.layer.1.reft_layer.refts.mine.units.0."
     shapes = {"learned_source.weight": (2, 16), "learned_source.bias": (2,), "projection.weight": (2, 16)}
-    save_file(
-        {name + key: torch.randn(shape) for key, shape in shapes.items()}, tmp_path / "adapter.safetensors"
-    )
+    tensors = {name + key: torch.randn(shape) for key, shape in shapes.items()}
+    save_file(tensors, tmp_path / "adapter.safetensors")
     config = {
         "architecture": "reft",
         "orthogonality": False,

@@ -1,4 +1,4 @@
-"""What pyreft saved is read, and computes what it computed there: logits, gradients, greedy texts.
+"""Adapters that pyreft saved compute here what they computed there: logits, gradients, greedy texts.
 
 Folders and numbers come from ``golden/make_pyreft_folders.py``; pyreft is not needed to run this file.
 """
@@ -14,34 +14,27 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from adapted_models import state_of
+from golden_llama import GOLDEN, base_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import reft_lightning as rl
 from reft_lightning.exchange.foreign import orthogonal_map
 from reft_lightning.interventions import orthonormal_rows
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = GOLDEN / "pyreft_folders"
-BASE = json.loads((GOLDEN / "pyreft.json").read_text())["base_config"]
 FACTS = [json.loads((GOLDEN / f"pyreft_folders{age}.json").read_text()) for age in ("", "_older")]
 CASES = FACTS[0]["cases"] | FACTS[1]["cases"]
-TENSORS = load_file(GOLDEN / "pyreft_folders.safetensors") | load_file(
-    GOLDEN / "pyreft_folders_older.safetensors"
-)
+TENSORS = {
+    name: tensor
+    for age in ("", "_older")
+    for name, tensor in load_file(GOLDEN / f"pyreft_folders{age}.safetensors").items()
+}
 IDS = TENSORS["input_ids"]
 MASK = (IDS != 0).long()
 PROMPT = torch.arange(IDS.shape[1]) < torch.tensor(FACTS[0]["prompt_lengths"])[:, None]
 LETTERS = {"W": "source.weight", "W1": "source.weight", "W2": "projection.weight", "b2": "projection.bias"}
-
-
-def base_model(dtype=torch.float32):
-    model: Any = LlamaForCausalLM(LlamaConfig(**BASE)).eval()
-    weights = load_file(GOLDEN / "pyreft.safetensors")
-    weights = {name.removeprefix("base/"): t for name, t in weights.items() if name.startswith("base/")}
-    model.load_state_dict(weights, strict=False)  # the head is tied to the embeddings
-    return model.to(dtype)
 
 
 def dtype_of(case):
@@ -89,19 +82,15 @@ def test_loss_and_gradients_are_those_of_pyreft(case):
     loss.backward()
     assert loss.item() == pytest.approx(CASES[case]["loss"], rel=1e-5)
     phi = reft.interventions[str(CASES[case]["layers"][0])][0]
-    found = {
-        name.rpartition("/")[2]: t for name, t in TENSORS.items() if name.startswith(f"{case}/gradients/")
-    }
+    place = f"{case}/gradients/"
+    found = {name.removeprefix(place): t for name, t in TENSORS.items() if name.startswith(place)}
     assert len(found) == len(list(phi.parameters()))
     for letter, expected in found.items():
         if letter == "R":  # pyreft's gradient of R itself, carried to the free parameter that it has here
             basis = phi.basis.detach().requires_grad_()
             (expected,) = torch.autograd.grad(orthonormal_rows(basis), basis, expected)
-        path = (
-            "basis"
-            if letter == "R"
-            else LETTERS.get(letter, "source.bias" if hasattr(phi, "source") else "bias")
-        )
+        bias = "source.bias" if hasattr(phi, "source") else "bias"
+        path = "basis" if letter == "R" else LETTERS.get(letter, bias)
         error = (phi.get_parameter(path).grad - expected).norm() / expected.norm()
         assert error < 1e-4, (letter, error)
 
@@ -152,119 +141,84 @@ def folder(tmp_path):
 FIRST = "intkey_layer_0_comp_block_output_unit_pos_nunit_1#0.bin"
 
 
-def edit(folder, **values):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | values))
-
-
-def representation(folder, index, value):
-    rows = json.loads((folder / "config.json").read_text())["representations"]
-    rows[0][index] = value
-    edit(folder, representations=rows)
-
-
 class Code:
     def __reduce__(self):
         return (print, ("run",))
 
 
-def damage(folder, kind):
-    path = folder / FIRST
-    state = torch.load(path, weights_only=True)
-    match kind:
-        case "code":
-            path.write_bytes(pickle.dumps({"weight": Code()}, protocol=2))
-        case "code in torch's file":
-            torch.save({"weight": Code()}, path)
-        case "truncated":
-            path.write_bytes(path.read_bytes()[:1500])
-        case "empty":
-            path.write_bytes(b"")
-        case "text":
-            path.write_text("weights")
-        case "a list":
-            torch.save([torch.zeros(1)], path)
-        case "missing tensor":
-            torch.save({k: t for k, t in state.items() if k != "rotate_layer"}, path)
-        case "flat tensor":
-            torch.save(state | {"weight": state["weight"].flatten()}, path)
-        case "missing file":
-            path.unlink()
-        case "other width":
-            torch.save({k: torch.zeros(4, 48) if k == "weight" else t for k, t in state.items()}, path)
-        case "nan":
-            torch.save(state | {"bias": torch.full((4,), torch.nan)}, path)
-        case "whole numbers":
-            torch.save(state | {"bias": torch.zeros(4, dtype=torch.int8)}, path)
-        case "other depth":
-            representation(folder, 0, 7)
-            path.rename(folder / FIRST.replace("_0_", "_7_"))
-        case "empty config":
-            (folder / "config.json").write_text("")
-        case "foreign config":
-            (folder / "config.json").write_text('{"model_type": "llama"}')
-        case "no entries":
-            edit(folder, representations=[])
-        case "fewer types":
-            edit(folder, intervention_types=["<class 'pyreft.interventions.LoreftIntervention'>"])
-        case "other class":
-            edit(folder, intervention_types=["<class 'subprocess.Popen'>"] * 2)
-        case "strange entry":
-            edit(folder, representations=["x", "y"])
-        case "heads":
-            representation(folder, 2, "h.pos")
-        case "linked":
-            representation(folder, 9, 0)
-        case "component":
-            representation(folder, 1, "query_output")
-            path.rename(folder / FIRST.replace("block", "query"))
+def config(**own):
+    def change(folder):
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(values | own))
+
+    return change
 
 
+def representation(index, value, file=None):
+    """Change an entry of the first representation, and the name of its file."""
+
+    def change(folder):
+        rows = json.loads((folder / "config.json").read_text())["representations"]
+        rows[0][index] = value
+        config(representations=rows)(folder)
+        if file is not None:
+            (folder / FIRST).rename(folder / file)
+
+    return change
+
+
+def state(change):
+    return lambda folder: torch.save(change(torch.load(folder / FIRST, weights_only=True)), folder / FIRST)
+
+
+def content(bytes_, name=FIRST):
+    return lambda folder: (folder / name).write_bytes(bytes_)
+
+
+LOREFT, CODE = "<class 'pyreft.interventions.LoreftIntervention'>", {"weight": Code()}
 DAMAGES = {
-    "code": (FIRST, "could run code"),
-    "code in torch's file": (FIRST, "could run code"),
-    "truncated": (FIRST, "damaged"),
-    "empty": (FIRST, "damaged"),
-    "text": (FIRST, "damaged"),
-    "a list": (FIRST, "tensors by name; got a list"),
-    "missing tensor": (FIRST, "needs rotate_layer, which is missing; it has bias, weight"),
-    "flat tensor": (FIRST, r"weight of LoreftIntervention must have 2 .* shape \(128,\)"),
-    "missing file": (FIRST, "is missing"),
-    "other width": ("theirs", r"source.weight: \(4, 48\) instead of \(4, 32\)"),
-    "nan": ("theirs", "NaN or infinite"),
-    "whole numbers": ("theirs", "integer weights"),
-    "other depth": ("theirs", r"layer must lie in 0\.\.2.*got 7"),
-    "empty config": ("config.json", "is empty"),
-    "foreign config": ("config.json", "is not from pyreft"),
-    "no entries": ("config.json", "is not from pyreft"),
-    "fewer types": ("config.json", "2 representations, but 1 intervention_types"),
-    "other class": ("config.json", "an unknown intervention Popen; pyreft's are Loreft"),
-    "strange entry": ("config.json", "a representation must be .*; got 'x'"),
-    "heads": ("config.json", r"pyvene's unit h\.pos"),
-    "linked": ("config.json", "pyvene's intervention_link_key"),
-    "component": ("config.json", "pyvene's component 'query_output' has no counterpart"),
-}
-
-
-def state_of(model):
-    return [
-        (name, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m)))
-        for name, m in model.named_modules()
-    ]
+    "code": (content(pickle.dumps(CODE, protocol=2)), FIRST, "could run code"),
+    "code in torch's file": (state(lambda t: CODE), FIRST, "could run code"),
+    "truncated": (lambda f: (f / FIRST).write_bytes((f / FIRST).read_bytes()[:1500]), FIRST, "damaged"),
+    "empty": (content(b""), FIRST, "damaged"),
+    "text": (content(b"weights"), FIRST, "damaged"),
+    "a list": (state(lambda t: [torch.zeros(1)]), FIRST, "tensors by name; got a list"),
+    "missing tensor": (state(lambda t: {k: v for k, v in t.items() if k != "rotate_layer"}), FIRST,
+                       "needs rotate_layer, which is missing; it has bias, weight"),
+    "flat tensor": (state(lambda t: t | {"weight": t["weight"].flatten()}), FIRST,
+                    r"weight of LoreftIntervention must have 2 .* shape \(128,\)"),
+    "missing file": (lambda f: (f / FIRST).unlink(), FIRST, "is missing"),
+    "other width": (state(lambda t: t | {"weight": torch.zeros(4, 48)}), "theirs",
+                    r"source.weight: \(4, 48\) instead of \(4, 32\)"),
+    "nan": (state(lambda t: t | {"bias": torch.full((4,), torch.nan)}), "theirs", "NaN or infinite"),
+    "integer weights": (state(lambda t: t | {"bias": torch.zeros(4, dtype=torch.int8)}), "theirs", "integer weights"),
+    "other depth": (representation(0, 7, FIRST.replace("_0_", "_7_")), "theirs", r"layer must lie in 0\.\.2.*got 7"),
+    "empty config": (content(b"", "config.json"), "config.json", "is empty"),
+    "foreign config": (content(b'{"model_type": "llama"}', "config.json"), "config.json", "is not from pyreft"),
+    "no entries": (config(representations=[]), "config.json", "is not from pyreft"),
+    "fewer types": (config(intervention_types=[LOREFT]), "config.json", "2 representations, but 1 intervention_types"),
+    "other class": (config(intervention_types=["<class 'subprocess.Popen'>"] * 2), "config.json",
+                    "an unknown intervention Popen; pyreft's are Loreft"),
+    "strange entry": (config(representations=["x", "y"]), "config.json", "a representation must be .*; got 'x'"),
+    "heads": (representation(2, "h.pos"), "config.json", r"pyvene's unit h\.pos"),
+    "linked": (representation(9, 0), "config.json", "pyvene's intervention_link_key"),
+    "component": (representation(1, "query_output", FIRST.replace("block", "query")), "config.json",
+                  "pyvene's component 'query_output' has no counterpart"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_file_that_cannot_be_read_is_named_with_the_reason_and_changes_no_model(kind, folder, capsys):
-    damage(folder, kind)
+    damage, file, reason = DAMAGES[kind]
+    damage(folder)
+    capsys.readouterr()
     base = base_model()
     before, weights = state_of(base), {name: t.clone() for name, t in base.state_dict().items()}
-    file, reason = DAMAGES[kind]
     with pytest.raises(ValueError, match=reason) as raised:
         rl.from_pyreft(base, folder, positions="f2+l3")
     assert file in str(raised.value)
     assert capsys.readouterr().out == ""  # nothing of the file was run
     assert state_of(base) == before
-    assert all(parameter.requires_grad for parameter in base.parameters())
     assert all(torch.equal(tensor, weights[name]) for name, tensor in base.state_dict().items())
 
 

@@ -52,13 +52,9 @@ def test_a_vector_edits_as_its_intervention_does(method, tmp_path):
     h = torch.randn(5, tiny.WIDTH)
     phis = [(int(layer), phi) for layer, group in reft.interventions.items() for phi in group]
     assert [vector["layers"] for vector in vectors] == [[layer] for layer, _ in phis]
-    assert all(
-        vector["data"]["extra"]["layer"] == layer for vector, (layer, _) in zip(vectors, phis, strict=True)
-    )
-    for vector, (_, phi) in zip(vectors, phis, strict=True):
-        np.testing.assert_allclose(
-            steered(vector, h.numpy()), phi(h, 0.5).detach().numpy(), atol=1e-5, rtol=1e-5
-        )
+    for vector, (layer, phi) in zip(vectors, phis, strict=True):
+        assert vector["data"]["extra"]["layer"] == layer
+        np.testing.assert_allclose(steered(vector, h.numpy()), phi(h, 0.5).detach(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -80,10 +76,8 @@ def test_positions_are_written_as_its_clauses(positions, clause, tmp_path):
 
 def test_prefix_and_suffix_have_a_clause_each_where_they_have_an_intervention_each(tmp_path):
     vectors = written(attached(layers=[1], tied="group"), tmp_path)["vectors"]
-    assert [vector["apply"] for vector in vectors] == [
-        {"prompt_window": [0, 1]},
-        {"prompt_positions": [-2, -1]},
-    ]
+    clauses = [vector["apply"] for vector in vectors]
+    assert clauses == [{"prompt_window": [0, 1]}, {"prompt_positions": [-2, -1]}]
 
 
 def test_the_digest_is_of_kind_names_shapes_bytes_and_layer(tmp_path):

@@ -50,9 +50,8 @@ class TestDAS(OrthonormalLaws):
 
     def formula(self, phi, h):
         rows = torch.linalg.qr(phi.basis.mT).Q  # of which DAS knows the span alone
-        return torch.stack(
-            [row + rows @ (rows.mT @ s - rows.mT @ row) for row, s in zip(h, other(h), strict=True)]
-        )
+        pairs = zip(h, other(h), strict=True)
+        return torch.stack([row + rows @ (rows.mT @ s - rows.mT @ row) for row, s in pairs])
 
     def test_it_is_the_identity_at_its_identity_parameters(self):
         phi, h = DAS(D, R), tokens()
@@ -103,9 +102,8 @@ class TestBoundlessDAS(TestDAS):
             given = dict(zip([name for name, _ in phi.named_parameters()], values, strict=True))
             return torch.func.functional_call(phi, given, (h,))
 
-        assert torch.autograd.gradcheck(
-            outputs, (tokens(2, torch.float64).requires_grad_(), *phi.parameters())
-        )
+        inputs = (tokens(2, torch.float64).requires_grad_(), *phi.parameters())
+        assert torch.autograd.gradcheck(outputs, inputs)
 
     def test_it_has_the_coordinates_of_the_source(self):
         phi = self.cls(D, end=1e-4).eval()  # all directions, a hard edge
@@ -120,9 +118,8 @@ class TestBoundlessDAS(TestDAS):
         phi = self.make().train()
         for annealed, T in ((0.0, 2.0), (0.5, 1.25), (1.0, 0.5)):
             phi.annealed = annealed
-            expected = torch.sigmoid(torch.tensor([0.0, 1, 2]) / T) * torch.sigmoid(
-                torch.tensor([1.5, 0.5, -0.5]) / T
-            )
+            from_0, to_boundary = torch.tensor([0.0, 1, 2]), torch.tensor([1.5, 0.5, -0.5])
+            expected = torch.sigmoid(from_0 / T) * torch.sigmoid(to_boundary / T)
             torch.testing.assert_close(phi.mask(), expected)
         phi.annealed = 0.0
         torch.testing.assert_close(phi.eval().mask(), expected)
@@ -166,9 +163,8 @@ def test_tokens_take_the_hidden_states_of_the_other_text_in_their_places(side):
     reft = attached(rank=tiny.WIDTH, layers=[0, 1])  # the whole state
     texts = tiny.rows(6, 4, 5)
     swapped = reft(**tiny.padded(texts, side), **sources(side), output_hidden_states=True).hidden_states[2]
-    for row, (text, theirs) in enumerate(
-        zip(texts, states_of(reft.base_model, tiny.rows(4, 7, 5, seed=4), 1), strict=True)
-    ):
+    others = states_of(reft.base_model, tiny.rows(4, 7, 5, seed=4), 1)
+    for row, (text, theirs) in enumerate(zip(texts, others, strict=True)):
         start = 0 if side == "right" else 6 - len(text)
         found = swapped[row, start : start + len(text)]
         torch.testing.assert_close(found[[0, -2, -1]], theirs[[0, -2, -1]], **CLOSE)
@@ -247,9 +243,7 @@ def test_what_does_not_fit_is_refused():
     others = {"source_ids": short["input_ids"], "source_mask": short["attention_mask"]}
     with pytest.raises(ValueError, match=r"row 1 has 3 tokens at the positions .* source text has 2"):
         reft(**inputs, **others)
-    with pytest.raises(
-        ValueError, match=r"loreft takes no hidden states from source_ids; das, boundless_das, cdas.* do"
-    ):
+    with pytest.raises(ValueError, match=r"loreft takes no hidden states from source_ids; das, .*cdas.* do"):
         rl.attach(tiny.model("llama"), "loreft", rank=2)(**inputs, **sources())
     for positions in ("all", "l1+decode"):
         with pytest.raises(

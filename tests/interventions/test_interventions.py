@@ -2,7 +2,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from laws import D, InterventionLaws, OrthonormalLaws, R, shaken, tokens
 from torch import nn
 
@@ -39,12 +38,22 @@ def gram_schmidt(A):
     return torch.stack(rows)
 
 
-class TestLoReFT(OrthonormalLaws):
+class LowRank(InterventionLaws):
+    """Subclass with a class, its further settings, and its number of parameters where that is not that of two maps."""
+
+    cls: type[Intervention]
+    own = {}  # noqa: RUF012
+    count = 2 * R * D + R
+
     def make(self, **settings):
-        return LoReFT(D, rank=R, **settings)
+        return self.cls(D, rank=R, **self.own, **settings)
 
     def num_parameters(self):
-        return 2 * R * D + R  # R, W and b
+        return self.count
+
+
+class TestLoReFT(LowRank, OrthonormalLaws):
+    cls = LoReFT
 
     def formula(self, phi, h):  # eq. 2
         rows, W, b = gram_schmidt(phi.basis), phi.source.weight, phi.source.bias
@@ -57,50 +66,32 @@ class TestLoReFT(OrthonormalLaws):
         torch.testing.assert_close(phi(h) @ phi.R.T, phi.source(h), atol=1e-12, rtol=1e-12)
 
 
-class TestNoReFT(InterventionLaws):
-    def make(self, **settings):
-        return NoReFT(D, rank=R, **settings)
-
-    def num_parameters(self):
-        return 2 * R * D + R  # W1, W2 and b
+class TestNoReFT(LowRank):
+    cls = NoReFT
 
     def formula(self, phi, h):  # Table 17, row 4
         W1, b, W2 = phi.source.weight, phi.source.bias, phi.projection.weight
         return torch.stack([x + W2.T @ (W1 @ x + b - W2 @ x) for x in h])
 
 
-class TestDiReFT(InterventionLaws):
-    def make(self, **settings):
-        return DiReFT(D, rank=R, **settings)
-
-    def num_parameters(self):
-        return 2 * R * D + R  # W1, W2 and b
+class TestDiReFT(LowRank):
+    cls = DiReFT
 
     def formula(self, phi, h):  # eq. 3
         W1, b, W2 = phi.source.weight, phi.source.bias, phi.projection.weight
         return torch.stack([x + W2.T @ (W1 @ x + b) for x in h])
 
 
-class TestOrthonormalDiReFT(OrthonormalLaws):
-    def make(self, **settings):
-        return OrthonormalDiReFT(D, rank=R, **settings)
-
-    def num_parameters(self):
-        return 2 * R * D + R  # R, W and b
+class TestOrthonormalDiReFT(LowRank, OrthonormalLaws):
+    cls = OrthonormalDiReFT
 
     def formula(self, phi, h):  # Table 17, row 3
         rows, W, b = gram_schmidt(phi.basis), phi.source.weight, phi.source.bias
         return torch.stack([x + rows.T @ (W @ x + b) for x in h])
 
 
-class TestConsReFT(OrthonormalLaws):
-    has_identity = False
-
-    def make(self, **settings):
-        return ConsReFT(D, rank=R, **settings)
-
-    def num_parameters(self):
-        return R * D + R  # R and b
+class TestConsReFT(LowRank, OrthonormalLaws):
+    cls, count, has_identity = ConsReFT, R * D + R, False
 
     def formula(self, phi, h):  # Table 17, row 2
         rows, b = gram_schmidt(phi.basis), phi.bias
@@ -114,77 +105,47 @@ class TestConsReFT(OrthonormalLaws):
         torch.testing.assert_close(phi(tokens()) @ phi.R.T, phi.bias.expand(7, R), atol=1e-5, rtol=1e-5)
 
 
-class TestLobiReFT(OrthonormalLaws):
-    def make(self, **settings):
-        return LobiReFT(D, rank=R, **settings)
-
-    def num_parameters(self):
-        return R * D + R  # R and b
+class TestLobiReFT(LowRank, OrthonormalLaws):
+    cls, count = LobiReFT, R * D + R
 
     def formula(self, phi, h):  # Table 17, row 1
         return h + gram_schmidt(phi.basis).T @ phi.bias
 
 
-class TestLoReFTWithAnActivation(OrthonormalLaws):
-    has_identity = False
-
-    def make(self, **settings):
-        return LoReFT(D, rank=R, act_fn="relu", **settings)
-
-    def num_parameters(self):
-        return 2 * R * D + R
+class TestLoReFTWithAnActivation(LowRank, OrthonormalLaws):
+    cls, own, has_identity = LoReFT, {"act_fn": "relu"}, False
 
     def formula(self, phi, h):  # the activation on W h + b, and nowhere else
         rows, W, b = gram_schmidt(phi.basis), phi.source.weight, phi.source.bias
         return torch.stack([x + rows.T @ ((W @ x + b).clamp(min=0) - rows @ x) for x in h])
 
 
-class TestOrthonormalDiReFTWithAnActivation(OrthonormalLaws):
-    has_identity = False
-
-    def make(self, **settings):
-        return OrthonormalDiReFT(D, rank=R, act_fn="tanh", **settings)
-
-    def num_parameters(self):
-        return 2 * R * D + R
+class TestOrthonormalDiReFTWithAnActivation(LowRank, OrthonormalLaws):
+    cls, own, has_identity = OrthonormalDiReFT, {"act_fn": "tanh"}, False
 
     def formula(self, phi, h):
         rows, W, b = gram_schmidt(phi.basis), phi.source.weight, phi.source.bias
         return torch.stack([x + rows.T @ (W @ x + b).tanh() for x in h])
 
 
-class TestDiReFTWithAnActivation(InterventionLaws):
-    def make(self, **settings):
-        return DiReFT(D, rank=R, act_fn="silu", **settings)
-
-    def num_parameters(self):
-        return 2 * R * D + R
+class TestDiReFTWithAnActivation(LowRank):
+    cls, own = DiReFT, {"act_fn": "silu"}
 
     def formula(self, phi, h):
         W1, b, W2 = phi.source.weight, phi.source.bias, phi.projection.weight
         return torch.stack([x + W2.T @ ((W1 @ x + b) * (W1 @ x + b).sigmoid()) for x in h])
 
 
-class TestNoReFTWithBothBiases(InterventionLaws):
-    def make(self, **settings):
-        return NoReFT(D, rank=R, add_bias=True, **settings)
-
-    def num_parameters(self):
-        return 2 * R * D + 2 * R
+class TestNoReFTWithBothBiases(LowRank):
+    cls, own, count = NoReFT, {"add_bias": True}, 2 * R * D + 2 * R
 
     def formula(self, phi, h):
         W1, b1, W2, b2 = phi.source.weight, phi.source.bias, phi.projection.weight, phi.projection.bias
         return torch.stack([x + W2.T @ (W1 @ x + b1 - (W2 @ x + b2)) for x in h])
 
 
-class TestNoReFTWithBothBiasesAndAnActivation(InterventionLaws):
-    has_identity = False
-
-    def make(self, **settings):
-        return NoReFT(D, rank=R, add_bias=True, act_fn="sigmoid", **settings)
-
-    def num_parameters(self):
-        return 2 * R * D + 2 * R
+class TestNoReFTWithBothBiasesAndAnActivation(TestNoReFTWithBothBiases):
+    own, has_identity = {"add_bias": True, "act_fn": "sigmoid"}, False
 
     def formula(self, phi, h):
         W1, b1, W2, b2 = phi.source.weight, phi.source.bias, phi.projection.weight, phi.projection.bias
@@ -263,15 +224,13 @@ def test_a_class_without_a_name_is_known_by_its_path():
     assert intervention_class(path) is NoParameters
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_starts_differ_with_the_seed_and_agree_with_the_same_seed(seed):
-    def basis(value):
-        torch.manual_seed(value)
+def test_starts_differ_with_the_seed_and_agree_with_the_same_seed():
+    def basis(seed):
+        torch.manual_seed(seed)
         return LoReFT(D, R).basis
 
-    assert torch.equal(basis(seed), basis(seed))
-    assert not torch.equal(basis(seed), basis(seed + 1))
-    torch.testing.assert_close(basis(seed) @ basis(seed).T, torch.eye(R) / 4, atol=1e-6, rtol=0)
+    assert torch.equal(basis(0), basis(0))
+    assert not torch.equal(basis(0), basis(1))
 
 
 # --- orthonormal_rows ---------------------------------------------------------------------------------------
@@ -289,40 +248,6 @@ def test_rows_are_orthonormal_and_span_those_of_a(rank, dim):
     torch.testing.assert_close(rows @ rows.T, eye, atol=1e-13, rtol=0)
     torch.testing.assert_close(A @ rows.T @ rows, A, atol=1e-10, rtol=1e-10)
     torch.testing.assert_close(rows, gram_schmidt(A), atol=1e-10, rtol=1e-10)
-
-
-def test_rows_agree_with_qr():
-    A = random_rows_of(4, 20)
-    Q, L = torch.linalg.qr(A.T)
-    torch.testing.assert_close(orthonormal_rows(A), (Q * L.diagonal().sign()).T, atol=1e-12, rtol=1e-12)
-
-
-def test_torch_s_orthogonal_map_reaches_the_same_subspaces():
-    layer = nn.utils.parametrizations.orthogonal(nn.Linear(20, 4, bias=False, dtype=torch.float64))
-    theirs = layer.weight.detach()
-    eye = torch.eye(4, dtype=torch.float64)
-    torch.testing.assert_close(theirs @ theirs.T, eye, atol=1e-12, rtol=0)
-    # Any point of theirs is a point of ours, reached by itself and by any mixture of its rows.
-    torch.testing.assert_close(orthonormal_rows(theirs), theirs, atol=1e-12, rtol=0)
-    mixed = orthonormal_rows(random_rows_of(4, 4) @ theirs)
-    torch.testing.assert_close(mixed.T @ mixed, theirs.T @ theirs, atol=1e-10, rtol=0)
-
-
-def test_both_maps_give_the_same_gradient_along_the_manifold():
-    """A step along R(t) = R exp(tX) changes a loss equally whichever parameter carries it."""
-    A = random_rows_of(3, 10).requires_grad_()
-    goal = random_rows_of(3, 10, seed=5)
-    loss = (orthonormal_rows(A) * goal).sum()
-    (gradient,) = torch.autograd.grad(loss, A)
-    rows = orthonormal_rows(A).detach()
-    # At A = R the derivative towards directions tangent to the manifold is the inner product with the goal.
-    B = rows.clone().requires_grad_()
-    (at_rows,) = torch.autograd.grad((orthonormal_rows(B) * goal).sum(), B)
-    skew = random_rows_of(10, 10, seed=6)
-    tangent = rows @ (skew - skew.T)
-    torch.testing.assert_close((at_rows * tangent).sum(), (goal * tangent).sum(), atol=1e-10, rtol=1e-10)
-    # Along A itself nothing changes: the loss does not depend on A's scale, nor on that of any single row.
-    assert (gradient * A).sum(-1).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize(("rank", "dim"), [(1, 8), (4, 20), (8, 576)])
@@ -348,13 +273,6 @@ def test_the_map_has_right_gradients():
     A = random_rows_of(3, 7).requires_grad_()
     assert torch.autograd.gradcheck(orthonormal_rows, A)
     assert torch.autograd.gradcheck(orthonormal_rows, random_rows_of(2, 3, 7).requires_grad_())
-
-
-def test_a_batch_of_layers_equals_single_layers():
-    A = random_rows_of(5, 4, 16, dtype=torch.float32)
-    together = orthonormal_rows(A)
-    for rows, a in zip(together, A, strict=True):
-        torch.testing.assert_close(rows, orthonormal_rows(a), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e3, 1e12])
@@ -383,22 +301,10 @@ def test_dependent_rows_raise(broken, dtype):
     for seed in range(20):
         A = random_rows_of(3, 8, 64, dtype=dtype, seed=seed)
         orthonormal_rows(A)
-        values = {
-            "twice": A[1, 0],
-            "sum": A[1, 0] - 3 * A[1, 2] + A[1, 7],
-            "nan": torch.nan,
-            "inf": torch.inf,
-        }
-        A[1, 3] = values.get(broken, 0)
+        sums = {"twice": A[1, 0], "sum": A[1, 0] - 3 * A[1, 2] + A[1, 7]}
+        A[1, 3] = sums.get(broken, {"nan": torch.nan, "inf": torch.inf}.get(broken, 0))
         with pytest.raises(torch.linalg.LinAlgError, match="linearly dependent"):
             orthonormal_rows(A)
-
-
-def test_autocast_leaves_the_rows_orthonormal():
-    A = random_rows_of(4, 64, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = orthonormal_rows(A)
-    assert torch.equal(inside, orthonormal_rows(A))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -450,28 +356,22 @@ def test_constants_start_uniform_in_the_unit_interval(cls):
     assert 0.4 < bias.mean() < 0.6
 
 
-@pytest.mark.parametrize("rank", [0, -1, D + 1, 1024])
-def test_a_rank_outside_the_width_raises(rank):
-    with pytest.raises(ValueError, match=f"rank must lie in 1..{D}, .*got {rank}"):
-        LoReFT(D, rank)
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        *(({"rank": rank}, f"rank must lie in 1..{D}, .*got {rank}") for rank in (0, -1, D + 1, 1024)),
+        *(({"dropout": dropout}, "dropout must lie in") for dropout in (-0.1, 1.0, 2)),
+        ({"init": "zero"}, "init must be one of paper, identity; got 'zero'"),
+        ({"dropout_on": "edits"}, "dropout_on must be 'edit' or 'output'; got 'edits'"),
+        ({"act_fn": "rleu"}, r"act_fn must be one of gelu, .*; got 'rleu'; did you mean 'relu'"),
+    ],
+)
+def test_impossible_settings_raise(settings, said):
+    with pytest.raises(ValueError, match=said):
+        LoReFT(D, **{"rank": R, **settings})
 
 
-@pytest.mark.parametrize("dropout", [-0.1, 1.0, 2])
-def test_dropout_outside_the_unit_interval_raises(dropout):
-    with pytest.raises(ValueError, match="dropout must lie in"):
-        LoReFT(D, R, dropout=dropout)
-
-
-def test_unknown_choices_raise():
-    with pytest.raises(ValueError, match="init must be one of paper, identity; got 'zero'"):
-        LoReFT(D, R, init="zero")
-    with pytest.raises(ValueError, match="dropout_on must be 'edit' or 'output'; got 'edits'"):
-        LoReFT(D, R, dropout_on="edits")
-
-
-def test_an_activation_that_there_is_not_or_has_nothing_to_act_on_is_refused():
-    with pytest.raises(ValueError, match=r"act_fn must be one of gelu, .*; got 'rleu'; did you mean 'relu'"):
-        LoReFT(D, R, act_fn="rleu")
+def test_an_activation_needs_something_to_act_on():
     with pytest.raises(ValueError, match="ConsReFT has no W h \\+ b for an activation"):
         ConsReFT(D, R, act_fn="relu")
 
@@ -530,16 +430,6 @@ def test_base_classes_say_what_to_define():
 
     with pytest.raises(NotImplementedError, match="Nothing must define edit"):
         Nothing(D)(tokens())
-
-
-def test_weights_can_be_trained_by_a_fused_or_foreach_optimizer():
-    for kind in ({"fused": True}, {"foreach": True}):
-        torch.manual_seed(0)
-        phi = LoReFT(D, R)
-        optimizer = torch.optim.AdamW(phi.parameters(), lr=0.1, weight_decay=0.1, **kind)
-        F.mse_loss(phi(tokens()), tokens() * 2).backward()
-        optimizer.step()
-        torch.testing.assert_close(phi.R @ phi.R.T, torch.eye(R), atol=1e-5, rtol=0)
 
 
 def test_a_step_of_adam_turns_R_as_far_as_under_torchs_orthogonal_map():

@@ -21,8 +21,7 @@ from reft_lightning.runs.run_folder import load_run_config
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    data = short_runs.write_rows(tmp_path_factory.mktemp("rows"))
+def folder(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     short_runs.run(data, folder, "optimizer.lr=0.3")
     return folder
@@ -157,21 +156,12 @@ def test_the_chat_ends_at_the_end_of_the_input_and_at_quit(say):
     assert say("two", "/quit", "three", max_new_tokens=3)[1][1:] == [("two", 3, "plain")]
 
 
-def test_a_line_may_go_on(say):
-    assert say("one\\", "two")[1] == [("one\ntwo", 64, "plain")]
-
-
-def test_empty_lines_and_unknown_commands_ask_nothing(say):
-    out, asked = say("", "   ", "/qiut")
-    assert asked == []
+def test_lines_may_go_on_and_empty_ones_and_commands_that_cannot_be_followed_ask_nothing(say):
+    out, asked = say("", "   ", "/qiut", "/chat", "one\\", "two")
+    assert asked == [("one\ntwo", 64, "plain")]
     assert "/qiut is not a command" in out
     assert "/quit ends" in out
-
-
-def test_asking_for_a_missing_template_does_not_end_the_chat(say):
-    out, asked = say("/chat", "still here")
     assert "this tokenizer has no chat template; the template is still plain" in out
-    assert asked == [("still here", 64, "plain")]
 
 
 def test_templates_can_be_chosen(say, monkeypatch):

@@ -6,26 +6,17 @@ import shutil
 import pytest
 import short_runs
 
-from reft_lightning.runs import build, experiment
+from reft_lightning.runs import experiment
 from reft_lightning.runs.evaluate import evaluate
 
 CONTENTS = {"empty": b"", "cut off": b'{"a": [1,', "a list": b"[1, 2]\n", "binary": bytes(range(256))}
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    data = short_runs.write_rows(tmp_path_factory.mktemp("rows"))
+def good(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "good"
     short_runs.run(data, folder, "trainer.max_epochs=1")
     return folder
-
-
-@pytest.fixture
-def no_weights(monkeypatch):
-    def loaded(**_):
-        raise AssertionError("weights were loaded before the file was read")
-
-    monkeypatch.setattr(build, "load_base_model", loaded)
 
 
 def damaged(good, tmp_path, file, content):
@@ -41,22 +32,16 @@ def refused(path, call, *arguments):
 
 
 @pytest.mark.parametrize("content", CONTENTS)
-@pytest.mark.parametrize("file", ["config.yaml", "adapter/reft_config.json", "adapter/reft.safetensors"])
-def test_an_evaluation_names_it(good, tmp_path, no_weights, file, content):
+@pytest.mark.parametrize(
+    "file", ["config.yaml", "adapter/reft_config.json", "adapter/reft.safetensors", "results.json"]
+)
+def test_an_evaluation_on_test_rows_names_it(good, tmp_path, no_weights, file, content):
+    """It notes its read in results.json."""
     folder = damaged(good, tmp_path, file, content)
-    refused(folder / file, evaluate, folder)
+    refused(folder / file, evaluate, folder, "test")
 
 
-@pytest.mark.parametrize("content", CONTENTS)
-def test_an_evaluation_on_test_rows_looks_at_the_results_that_note_its_read(
-    good, tmp_path, no_weights, content
-):
-    folder = damaged(good, tmp_path, "results.json", content)
-    refused(folder / "results.json", evaluate, folder, "test")
-
-
-@pytest.mark.parametrize("content", CONTENTS)
 @pytest.mark.parametrize("file", ["config.yaml", "results.json"])
-def test_resuming_names_it(good, tmp_path, no_weights, file, content):
-    folder = damaged(good, tmp_path, file, content)
+def test_resuming_names_it(good, tmp_path, no_weights, file):
+    folder = damaged(good, tmp_path, file, "cut off")
     refused(folder / file, experiment.resume, folder)

@@ -11,21 +11,14 @@ import pytest
 from reft_lightning.runs import ddp_launch, own_process
 
 
-def test_the_environment_is_restored(monkeypatch):
+def test_the_environment_is_restored_also_when_a_run_fails(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")  # as a cluster sets it
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with ddp_launch.leaving_no_ranks():
-        os.environ.update(LOCAL_RANK="0", WORLD_SIZE="2")
-    assert "LOCAL_RANK" not in os.environ
-    assert os.environ["WORLD_SIZE"] == "4"
-
-
-def test_a_run_that_fails_leaves_no_ranks_either(monkeypatch):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
     with suppress(RuntimeError), ddp_launch.leaving_no_ranks():
-        os.environ["LOCAL_RANK"] = "0"
+        os.environ.update(LOCAL_RANK="0", WORLD_SIZE="2")
         raise RuntimeError("out of memory")
     assert "LOCAL_RANK" not in os.environ
+    assert os.environ["WORLD_SIZE"] == "4"
 
 
 def test_a_job_of_its_own_gets_its_overrides_and_not_the_sweeps(monkeypatch):

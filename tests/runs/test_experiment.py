@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,6 @@ from reft_lightning.runs.devices import check_accelerator
 from reft_lightning.runs.evaluate import evaluate
 from reft_lightning.runs.other_rows import on_other_rows
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return short_runs.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 # a learning rate that stays high spoils the model after a good start: the best checkpoint is not the last
 SETTINGS = ("evaluate_base=true", "checkpoint.monitor=val/loss", "checkpoint.mode=min")
 
@@ -38,11 +33,6 @@ SETTINGS = ("evaluate_base=true", "checkpoint.monitor=val/loss", "checkpoint.mod
 def finished(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "a"
     return folder, short_runs.run(data, folder, *SETTINGS)
-
-
-def test_the_results_say_how_texts_were_generated(finished):
-    decoding = finished[1]["decoding"]
-    assert (decoding["max_new_tokens"], decoding["do_sample"], decoding["verify"]) == (3, False, True)
 
 
 def test_the_results_hold_what_is_needed_to_run_again(data, finished):
@@ -65,6 +55,8 @@ def test_the_results_hold_what_is_needed_to_run_again(data, finished):
     assert results["data_versions"]["train"]["boolq"]["rows"] == 24
     assert [(read["model"], read["rows"]) for read in results["test_reads"]] == [("base", 6), ("adapted", 6)]
     assert results["method"] == "loreft"
+    decoding = results["decoding"]
+    assert (decoding["max_new_tokens"], decoding["do_sample"], decoding["verify"]) == (3, False, True)
 
 
 def test_every_score_comes_with_its_counts(finished):
@@ -179,32 +171,25 @@ def test_a_classifier_is_not_evaluated_on_rows_of_other_classes():
         on_other_rows(config, ["data=glue_mnli"])
 
 
-def test_a_run_can_be_evaluated_from_another_folder_than_it_was_started_from(data, monkeypatch, tmp_path):
+def test_a_run_is_resumed_and_evaluated_from_another_folder_than_it_was_started_from(
+    data, monkeypatch, tmp_path
+):
     monkeypatch.chdir(data.parent)
     settings = short_runs.config(data.name, "trainer.max_epochs=1")
     as_given = dataclasses.asdict(settings)
-    results = experiment.run(settings, tmp_path / "run")
-    assert OmegaConf.load(tmp_path / "run" / "config.yaml").data.path == str(data)
-    assert dataclasses.asdict(settings) == as_given  # a configuration is read and never written
-    assert results["config_hash"] == config_hash(settings)
-    monkeypatch.chdir(tmp_path)
-    again = evaluate(tmp_path / "run")
-    assert again["config_hash"] == results["config_hash"]
-    measured = {k: v for k, v in results["metrics"].items() if k.startswith("val/")}
-    assert again["metrics"] == pytest.approx(measured)
-
-
-def test_an_interrupted_run_goes_on_from_another_folder(data, monkeypatch, tmp_path):
-    monkeypatch.chdir(data.parent)
     with monkeypatch.context() as patch:
         short_runs.stop_at(patch, 3)
         with pytest.raises(short_runs.Stop):
-            short_runs.run(data.name, tmp_path / "run")
-    stopped = short_runs.results(tmp_path / "run")
+            experiment.run(settings, tmp_path / "run")
+    assert OmegaConf.load(tmp_path / "run" / "config.yaml").data.path == str(data)
+    assert dataclasses.asdict(settings) == as_given  # a configuration is read and never written
     monkeypatch.chdir(tmp_path)
     results = experiment.resume(tmp_path / "run")
     assert results["status"] == "complete"
-    assert results["config_hash"] == stopped["config_hash"]
+    again = evaluate(tmp_path / "run")
+    assert again["config_hash"] == results["config_hash"] == config_hash(settings)
+    measured = {k: v for k, v in results["metrics"].items() if k.startswith("val/")}
+    assert again["metrics"] == pytest.approx(measured)
 
 
 def test_evaluating_again_gives_the_runs_own_scores(finished):
@@ -217,8 +202,11 @@ def test_evaluating_again_gives_the_runs_own_scores(finished):
     assert again["counts"] == {k: v for k, v in results["counts"].items() if k.startswith("val/")}
 
 
-def test_without_validation_rows_only_the_test_can_be_evaluated_again(data, tmp_path, monkeypatch):
-    short_runs.run(data, tmp_path, "trainer.max_steps=1", "data.validation_size=0", "test=false")
+def test_a_run_without_validation_rows_can_be_evaluated_on_its_test_rows_only(data, tmp_path, monkeypatch):
+    results = short_runs.run(data, tmp_path, "data.validation_size=0", "test=false")
+    assert (results["status"], results["steps"], results["test_reads"]) == ("complete", 16, [])
+    assert not [name for name in results["metrics"] if name.startswith(("val/", "test/"))]
+    assert short_runs.checkpoint(tmp_path)["global_step"] == 16
     with pytest.raises(ValueError, match=r"has no validation rows .*split=test"):
         evaluate(tmp_path)
 
@@ -271,11 +259,6 @@ def test_a_run_of_a_gpu_says_how_to_evaluate_it_without_one(finished, monkeypatc
     (tmp_path / "config.yaml").write_text(text.replace("accelerator: cpu", "accelerator: gpu"))
     with pytest.raises(ValueError, match=r"set trainer\.accelerator to cpu in .*config\.yaml"):
         evaluate(tmp_path)
-
-
-def test_an_unknown_split_names_the_nearest(finished):
-    with pytest.raises(ValueError, match="got 'tset'; did you mean 'test'"):
-        evaluate(finished[0], "tset")
 
 
 class Worsen(Callback):
@@ -339,6 +322,8 @@ def test_a_sealed_run_never_reads_the_test_split(data, tmp_path):
     assert not [name for name in results["metrics"] if "test/" in name]
     with pytest.raises(ValueError, match="sealed"):
         evaluate(tmp_path / "run", "test")
+    with pytest.raises(ValueError, match="got 'tset'; did you mean 'test'"):
+        evaluate(tmp_path / "run", "tset")
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
@@ -350,31 +335,6 @@ def test_of_a_split_without_batches_nothing_is_written(data, tmp_path, split):
     assert bool(results["test_reads"]) == (split == "validation")
 
 
-def test_a_run_without_the_test_reads_no_test_rows(data, tmp_path):
-    results = short_runs.run(data, tmp_path, "test=false", "trainer.max_epochs=1")
-    assert results["test_reads"] == []
-    assert not [name for name in results["metrics"] if name.startswith("test/")]
-
-
-def test_a_run_may_have_no_validation_rows(data, tmp_path):
-    results = short_runs.run(data, tmp_path, "data.validation_size=0")
-    assert results["status"] == "complete"
-    assert results["steps"] == 16
-    assert not [name for name in results["metrics"] if name.startswith("val/")]
-    assert short_runs.checkpoint(tmp_path)["global_step"] == 16
-
-
-def test_early_stopping_needs_validation_rows(data, no_weights, tmp_path):
-    with pytest.raises(experiment.SetupError, match="early stopping needs validation rows"):
-        short_runs.run(data, tmp_path, "data.validation_size=0", "checkpoint.early_stopping_patience=1")
-
-
-def test_early_stopping_needs_checkpoints(data, no_weights, tmp_path):
-    overrides = ("trainer.enable_checkpointing=false", "checkpoint.early_stopping_patience=1")
-    with pytest.raises(experiment.SetupError, match="enable_checkpointing=false writes none"):
-        short_runs.run(data, tmp_path, *overrides)
-
-
 def test_early_stopping_stops_early(data, worsen, tmp_path):
     overrides = ("checkpoint.early_stopping_patience=1", "trainer.max_epochs=6")
     results = short_runs.run(data, tmp_path, *SETTINGS, *overrides)
@@ -383,14 +343,6 @@ def test_early_stopping_stops_early(data, worsen, tmp_path):
 
 
 # --- refused before weights are loaded -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def no_weights(monkeypatch):
-    def loaded(**_):
-        raise AssertionError("weights were loaded before the configuration was checked")
-
-    monkeypatch.setattr(build, "load_base_model", loaded)
 
 
 @pytest.mark.parametrize(
@@ -422,7 +374,6 @@ def no_weights(monkeypatch):
         ("model.config.model_type=lama", "no such architecture; did you mean 'llama'"),
         ("+model.config.num_hiden_layers=3", "no such setting; did you mean 'num_hidden_layers'"),
         ("model.attn_implementation=nope", "nope.. is not supported"),
-        ("scheduler=linaer", "did you mean 'scheduler=linear'"),
         ("checkpoint.monitor=val/acuracy", "did you mean 'val/accuracy'"),
         ("checkpoint.monitor=val/piqa/accuracy", "got 'val/piqa/accuracy'"),
         (
@@ -464,6 +415,21 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         evaluate(tmp_path)
 
 
+STOPPING = "checkpoint.early_stopping_patience=1"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.validation_size=0", STOPPING], "early stopping needs validation rows"),
+        (["trainer.enable_checkpointing=false", STOPPING], "enable_checkpointing=false writes none"),
+    ],
+)
+def test_early_stopping_needs_validation_rows_and_checkpoints(data, no_weights, tmp_path, overrides, message):
+    with pytest.raises(experiment.SetupError, match=message):
+        short_runs.run(data, tmp_path, *overrides)
+
+
 @pytest.mark.parametrize("random", [False, True])
 def test_the_tokenizer_and_the_configuration_are_loaded_once(data, monkeypatch, tmp_path, random):
     settings = short_runs.config(data)
@@ -488,16 +454,24 @@ def test_the_tokenizer_and_the_configuration_are_loaded_once(data, monkeypatch, 
     assert sorted(calls) == ["load_config", "load_tokenizer"]
 
 
-def test_a_run_that_was_stopped_is_not_replaced_but_gone_on_with(data, monkeypatch, tmp_path):
-    with monkeypatch.context() as patch:
-        short_runs.stop_at(patch, 4)
-        with pytest.raises(short_runs.Stop):
-            short_runs.run(data, tmp_path)
+def test_a_stopped_run_is_replaced_on_demand_only_and_resumed_as_it_began_only(data, tmp_path):
+    short_runs.interrupt(data, tmp_path, 3)
     kept = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()
     with pytest.raises(experiment.SetupError, match=r"unfinished run: continue it with reft-train resume="):
         short_runs.run(data, tmp_path)
     assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == kept
-    assert short_runs.run(data, tmp_path, "overwrite=true")["status"] == "complete"
+    with pytest.raises(experiment.SetupError, match=r"optimizer.lr: 0.005 then, 0.1 now"):
+        short_runs.run(data, tmp_path, "optimizer.lr=0.1", f"resume={tmp_path}")
+    file = tmp_path / "config.yaml"
+    began = file.read_text()
+    file.write_text(began.replace("lr: 0.005", "lr: 0.5"))
+    with pytest.raises(experiment.SetupError, match=r"config\.yaml was changed after it started"):
+        experiment.resume(tmp_path)
+    stopped = shutil.copytree(tmp_path, tmp_path.parent / "replaced")
+    file.write_text(began.replace("log_every_n_steps: 1", "log_every_n_steps: 2"))  # changes no result
+    assert began != file.read_text()
+    assert experiment.resume(tmp_path)["status"] == "complete"
+    assert short_runs.run(data, stopped, "overwrite=true", "test=false")["status"] == "complete"
 
 
 def test_a_run_in_a_folder_of_other_things_leaves_them_alone(data, tmp_path):
@@ -520,23 +494,6 @@ def test_a_callback_may_write_to_the_logger_in_the_validation_after_training(dat
 
     results = experiment.run(short_runs.config(data, "trainer.max_epochs=1"), tmp_path, callbacks=[Writes()])
     assert results["status"] == "complete"
-
-
-def test_a_configuration_that_was_edited_in_the_folder_is_not_gone_on_with(data, monkeypatch, tmp_path):
-    with monkeypatch.context() as patch:
-        short_runs.stop_at(patch, 3)
-        with pytest.raises(short_runs.Stop):
-            short_runs.run(data, tmp_path)
-    file = tmp_path / "config.yaml"
-    began = file.read_text()
-    file.write_text(began.replace("lr: 0.005", "lr: 0.5"))
-    with pytest.raises(experiment.SetupError, match=r"config\.yaml was changed after it started"):
-        experiment.resume(tmp_path)
-    file.write_text(
-        began.replace("log_every_n_steps: 1", "log_every_n_steps: 2")
-    )  # which determines no result
-    assert began != file.read_text()
-    assert experiment.resume(tmp_path)["status"] == "complete"
 
 
 def test_a_run_that_stopped_early_does_not_train_on_when_it_is_resumed(data, monkeypatch, tmp_path):
@@ -575,10 +532,7 @@ def test_a_complete_run_is_replaced_only_as_a_whole_and_on_demand(data, tmp_path
 def test_a_crash_in_training_keeps_what_was_computed_and_the_base_is_not_evaluated_again(
     data, monkeypatch, tmp_path, caplog
 ):
-    with monkeypatch.context() as patch:
-        short_runs.stop_at(patch, 3)
-        with pytest.raises(short_runs.Stop):
-            short_runs.run(data, tmp_path, "evaluate_base=true")
+    short_runs.interrupt(data, tmp_path, 3, "evaluate_base=true")
     results = short_runs.results(tmp_path)
     assert results["status"] == "stopped"
     assert results["error"] == "Stop: stopped in call 3 of training_step"
@@ -600,12 +554,9 @@ def test_a_crash_in_training_keeps_what_was_computed_and_the_base_is_not_evaluat
 
 
 def test_a_crash_in_the_last_evaluation_can_be_continued_and_its_read_of_test_rows_is_recorded(
-    data, finished, monkeypatch, tmp_path
+    data, finished, tmp_path
 ):
-    with monkeypatch.context() as patch:
-        short_runs.stop_at(patch, 1, "test_step")
-        with pytest.raises(short_runs.Stop):
-            short_runs.run(data, tmp_path, *SETTINGS[1:])
+    short_runs.interrupt(data, tmp_path, 1, *SETTINGS[1:], where="test_step")
     results = short_runs.results(tmp_path)
     assert results["status"] == "stopped"
     assert results["metrics"]["val/loss"] == finished[1]["metrics"]["val/loss"]

@@ -28,11 +28,6 @@ METHODS = {
 }
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return short_runs.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 def settings(data, *overrides):
     """Compose a run without the arguments of a short one that a baseline does not take."""
     given = [text for text in short_runs.arguments(data) if not text.startswith("intervention.")]

@@ -25,11 +25,6 @@ from reft_lightning.runs.trainer import build_trainer
 LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm", "ray")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return short_runs.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 def needs(launcher):
     plugin = f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher"
     pytest.importorskip(plugin, reason=f"no plugin of Hydra for launcher={launcher}")

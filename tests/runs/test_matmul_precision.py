@@ -7,8 +7,7 @@ import torch
 from reft_lightning.config.compose import CompositionError
 
 
-def test_a_run_uses_and_records_the_precision_that_it_names(tmp_path):
-    data = short_runs.write_rows(tmp_path / "data")
+def test_a_run_uses_and_records_the_precision_that_it_names(data, tmp_path):
     short = ["trainer.max_steps=1", "test=false", "data.validation_size=0"]
     for precision in ("high", "highest"):
         results = short_runs.run(data, tmp_path / precision, *short, f"matmul_precision={precision}")

@@ -13,26 +13,22 @@ from reft_lightning.runs import experiment, run_folder
 from reft_lightning.storage import atomic
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return short_runs.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 @pytest.fixture
 def train(data, tmp_path, monkeypatch):
-    """Run ``reft-train ... resume=auto`` in its own folder."""
+    """Run ``reft-train ... resume=auto`` for 6 steps, in its own folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
     def command(*overrides, auto="resume=auto"):
-        monkeypatch.setattr(sys, "argv", ["reft-train", *short_runs.arguments(data), auto, *overrides])
+        arguments = [*short_runs.arguments(data), "trainer.max_epochs=1", auto, *overrides]
+        monkeypatch.setattr(sys, "argv", ["reft-train", *arguments])
         with short_runs.log_kept():
             return cli.train()
 
     return command
 
 
-def stopped(monkeypatch, train, *overrides, batch=7):
+def stopped(monkeypatch, train, *overrides, batch=4):
     with monkeypatch.context() as patch:
         short_runs.stop_at(patch, batch)
         with pytest.raises((short_runs.Stop, SystemExit)):
@@ -85,7 +81,7 @@ def test_a_folder_that_is_named_is_gone_on_with_until_it_is_complete(train, tmp_
 
 def test_a_sweep_runs_its_missing_jobs_only(train, tmp_path, monkeypatch, capsys):
     sweep = ("-m", "seed=1,2", f"hydra.sweep.dir={tmp_path / 'sweep'}")
-    stopped(monkeypatch, train, *sweep, batch=20)  # in the second job
+    stopped(monkeypatch, train, *sweep, batch=10)  # in the second job
     jobs = sorted(tmp_path.glob("sweep/*/results.json"))
     first, second = (json.loads(path.read_text()) for path in jobs)
     assert (first["status"], second["status"]) == ("complete", "stopped")
@@ -138,8 +134,8 @@ def test_a_run_of_another_process_is_left_alone_until_that_is_killed(
     process, held = hold(folder)
     assert held
     with pytest.raises(experiment.SetupError, match="another process is working on the run in"):
-        short_runs.run(data, folder, f"resume={folder}")
-    config = short_runs.config(data)
+        short_runs.run(data, folder, "trainer.max_epochs=1", f"resume={folder}")
+    config = short_runs.config(data, "trainer.max_epochs=1")
     assert run_folder.find_unfinished(folder.parent, config) is None
     process.kill()
     process.communicate()
@@ -149,9 +145,7 @@ def test_a_run_of_another_process_is_left_alone_until_that_is_killed(
     assert hold(folder)[1] is True
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_keeps_what_it_has(
-    train, data, tmp_path, monkeypatch
-):
+def test_a_run_that_was_killed_before_its_first_checkpoint_keeps_what_it_has(train, tmp_path, monkeypatch):
     place = (f"hydra.run.dir={tmp_path / 'mine'}", "evaluate_base=true")
     stopped(monkeypatch, train, *place, batch=0)
     base = {
@@ -160,18 +154,15 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_keeps_what_it_has(
     assert not (tmp_path / "mine" / "checkpoints" / "last.ckpt").exists()
     train(*place)
     results = short_runs.results(tmp_path / "mine")
-    assert (results["status"], results["steps"]) == ("complete", 12)
+    assert (results["status"], results["steps"]) == ("complete", 6)
     assert [read["model"] for read in results["test_reads"]] == ["base", "adapted"]
     assert base.items() <= results["metrics"].items()
 
 
-def test_a_run_that_was_moved_keeps_its_best_score(data, tmp_path, monkeypatch):
+def test_a_run_that_was_moved_keeps_its_best_score(data, tmp_path):
     best = ("optimizer.lr=0.2", "trainer.max_epochs=3")
     whole = short_runs.run(data, tmp_path / "whole", *best)
-    with monkeypatch.context() as patch:
-        short_runs.stop_at(patch, 15)
-        with pytest.raises(short_runs.Stop):
-            short_runs.run(data, tmp_path / "here", *best)
+    short_runs.interrupt(data, tmp_path / "here", 15, *best)
     shutil.move(tmp_path / "here", tmp_path / "there")
     moved = short_runs.run(data, tmp_path / "there", *best, f"resume={tmp_path / 'there'}")
     for key in ("best_step", "chosen_by"):
@@ -179,12 +170,9 @@ def test_a_run_that_was_moved_keeps_its_best_score(data, tmp_path, monkeypatch):
     assert moved["metrics"]["val/loss"] == whole["metrics"]["val/loss"]
 
 
-def test_rows_that_have_changed_are_not_mixed_with_those_before(tmp_path, monkeypatch):
+def test_rows_that_have_changed_are_not_mixed_with_those_before(tmp_path):
     data = short_runs.write_rows(tmp_path / "rows")
-    with monkeypatch.context() as patch:
-        short_runs.stop_at(patch, 7)
-        with pytest.raises(short_runs.Stop):
-            short_runs.run(data, tmp_path / "run")
+    short_runs.interrupt(data, tmp_path / "run", 2)
     file = data / "boolq" / "train.json"
     file.write_text(file.read_text().replace("kept", "lost"))
     with pytest.raises(experiment.SetupError, match="the train rows of boolq have changed since it started"):

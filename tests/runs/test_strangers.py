@@ -29,15 +29,11 @@ FAMILY = get_family("commonsense")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(data, tmp_path_factory):
     """A complete run, and one that was stopped."""
     folder = tmp_path_factory.mktemp("runs")
-    data = short_runs.write_rows(folder / "rows")
     short_runs.run(data, folder / "complete")
-    with pytest.MonkeyPatch.context() as patch:
-        short_runs.stop_at(patch, 7)
-        with pytest.raises(short_runs.Stop):
-            short_runs.run(data, folder / "stopped")
+    short_runs.interrupt(data, folder / "stopped", 7)
     return folder
 
 
@@ -87,7 +83,7 @@ def refused(monkeypatch, capsys, function, *argv):
 
 
 NAMES = [{"intervention__method": "stranger.Method"}, {"data__family": "stranger.FAMILY"}]
-TARGETS = [
+TARGETS = [  # each of another place of the configuration
     {"callbacks": {"one": {"_target_": "stranger.Callback"}}},
     {"logger": {"one": {"_target_": "stranger.Logger"}}},
     {"trainer__profiler": {"_target_": "stranger.Profiler"}},
@@ -126,8 +122,15 @@ def test_a_name_of_a_module_here_is_not_imported(runs, here, monkeypatch, capsys
     assert not (here / "ran").exists()
 
 
-@pytest.mark.parametrize("changes", [*TARGETS, *CALLS], ids=str)
-def test_what_trains_is_not_made_where_a_run_is_only_evaluated(runs, here, monkeypatch, changes):
+@pytest.mark.parametrize("targets", [TARGETS, CALLS], ids=["modules here", "installed packages"])
+def test_what_trains_is_not_made_where_a_run_is_only_evaluated(runs, here, monkeypatch, targets):
+    changes = {}
+    for number, change in enumerate(targets):
+        for place, value in change.items():
+            if place == "callbacks":
+                changes.setdefault(place, {})[f"n{number}"] = value["one"]
+            else:
+                changes[place] = value
     folder = foreign(runs, here, "complete", **changes)
     call(monkeypatch, cli.evaluate, f"run={folder}")
     assert not (here / "ran").exists()
@@ -165,10 +168,9 @@ def test_a_checkpoint_with_code_is_refused_whatever_its_configuration_says(runs,
     assert not (here / "ran").exists()
 
 
-@pytest.mark.parametrize("size", [0, 1000])
-def test_a_damaged_checkpoint_is_named_before_weights_are_loaded(runs, here, monkeypatch, capsys, size):
+def test_a_damaged_checkpoint_is_named_before_weights_are_loaded(runs, here, monkeypatch, capsys):
     folder = foreign(runs, here, "stopped")
-    os.truncate(folder / "checkpoints" / "last.ckpt", size)
+    os.truncate(folder / "checkpoints" / "last.ckpt", 1000)
     assert "last.ckpt is damaged" in refused(monkeypatch, capsys, cli.train, f"resume={folder}")
 
 

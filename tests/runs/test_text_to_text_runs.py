@@ -271,7 +271,7 @@ def test_jobs_of_a_shared_base_run_apart(rows):
 
 
 @pytest.mark.parametrize("kind", ["whisper", "pix2struct", "speech_to_text"])
-def test_a_model_that_reads_no_text_is_refused_by_name(kind, tmp_path):
+def test_a_model_that_reads_no_text_is_refused_by_name(kind):
     asked = compose.compose(
         ["model=tiny_random", f"model.config.model_type={kind}", "data=arithmetic", "data.source=hub"]
     )

@@ -2,8 +2,8 @@
 
 import dataclasses
 import inspect
-import json
 import logging
+import math
 
 import lightning
 import pytest
@@ -25,19 +25,6 @@ OURS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return short_runs.write_rows(tmp_path_factory.mktemp("rows"))
-
-
-@pytest.fixture
-def no_weights(monkeypatch):
-    def fail(*args, **kwargs):
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr("reft_lightning.runs.build.load_base_model", fail)
-
-
 def test_every_argument_of_the_trainer_is_a_key():
     theirs = inspect.signature(lightning.Trainer.__init__).parameters
     defaults = {n: p.default for n, p in theirs.items() if n not in ("self", "callbacks", "logger")}
@@ -49,11 +36,6 @@ def test_a_fast_dev_run_goes_through_all_stages_and_leaves_no_checkpoint(data, t
     assert (results["status"], results["steps"]) == ("complete", 1)
     assert {"val/loss", "test/accuracy"} <= set(results["metrics"])
     assert not list(tmp_path.rglob("*.ckpt"))
-
-
-def test_batches_can_be_limited(data, tmp_path):
-    results = short_runs.run(data, tmp_path, "trainer.limit_train_batches=2", "trainer.profiler=simple")
-    assert results["steps"] == 4  # two epochs
 
 
 def test_callbacks_are_added_by_their_import_path(data, tmp_path, monkeypatch):
@@ -77,16 +59,11 @@ def test_callbacks_are_added_by_their_import_path(data, tmp_path, monkeypatch):
     )
 
 
-def test_several_loggers_are_chosen_by_a_list(data, tmp_path):
+def test_several_loggers_are_chosen_by_a_list_and_given_what_identifies_a_run(data, tmp_path):
     pytest.importorskip("tensorboard", reason="logger=tensorboard needs pip install tensorboard")
     short_runs.run(data, tmp_path, "logger=[csv,tensorboard]", "trainer.max_steps=2")
     assert (tmp_path / "csv" / "metrics.csv").is_file()
     assert list((tmp_path / "tensorboard").glob("events.out.*"))
-
-
-def test_loggers_are_given_what_identifies_a_run(data, tmp_path):
-    pytest.importorskip("tensorboard", reason="logger=tensorboard needs pip install tensorboard")
-    short_runs.run(data, tmp_path, "logger=tensorboard", "trainer.max_steps=2")
     settings = yaml.safe_load((tmp_path / "tensorboard" / "hparams.yaml").read_text())
     assert settings["method"] == "loreft"
     assert settings["optimizer"]["lr"] == 5e-3
@@ -115,7 +92,6 @@ def test_loggers_are_given_what_identifies_a_run(data, tmp_path):
         (["logger=wandb", "logger.wandb.projct=a"], r"did you mean 'logger\.wandb\.project'"),
         (["optimizer._target_=torch.optim.AdmW"], r"optimizer\._target_.*did you mean 'AdamW'"),
         (["+optimizer.options.beta=1"], "AdamW does not take 'beta'; did you mean 'betas'"),
-        (["optimizer=sdg"], "did you mean 'optimizer=sgd'"),
         (["scheduler._target_=reft_lightning.training.schedules.cosin"], "did you mean 'cosine'"),
         (["trainer.fast_dev_rn=true"], r"did you mean 'trainer\.fast_dev_run'"),
         (["trainer.profiler=simpel"], "simple"),
@@ -221,9 +197,11 @@ def test_averages_count_where_no_checkpoint_is_restored(data, tmp_path, monkeypa
     assert all(torch.equal(saved[name], tensor) for name, tensor in averaged[0].items())
 
 
-@pytest.mark.parametrize("name", ["sgd", "adafactor"])
-def test_another_optimizer_is_one_override(data, tmp_path, name):
-    results = short_runs.run(data, tmp_path, f"optimizer={name}", "scheduler=cosine", "optimizer.lr=1e-2")
+def test_another_optimizer_is_one_override(data, tmp_path):
+    results = short_runs.run(
+        data, tmp_path, "optimizer=adafactor", "scheduler=cosine", "trainer.limit_train_batches=1"
+    )
+    assert results["steps"] == 2  # one batch in each of two epochs
     state = short_runs.checkpoint(tmp_path)["optimizer_states"][0]
     assert [group["name"] for group in state["param_groups"]] == ["rotation", "weight", "bias"]
     assert results["status"] == "complete"
@@ -237,15 +215,13 @@ def test_an_optimizer_of_ones_own_is_found_by_its_import_path(data, tmp_path, mo
         "        super().__init__([g | {'lr': factor * g['lr']} for g in groups], lr=lr)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    own = ["optimizer._target_=steps.Doubled", "+optimizer.options.factor=4.0", "scheduler=constant"]
+    short = ["scheduler=constant", "scheduler.warmup_ratio=0", "trainer.max_epochs=1", "test=false"]
+    own = ["optimizer._target_=steps.Doubled", "+optimizer.options.factor=4.0", *short]
     found = short_runs.run(data, tmp_path / "own", *own)
-    plain = ["optimizer._target_=torch.optim.SGD", "scheduler=constant"]
-    assert (
-        found["metrics"]["train/loss"]
-        != short_runs.run(data, tmp_path / "sgd", *plain)["metrics"]["train/loss"]
-    )
-    assert json.loads((tmp_path / "own" / "results.json").read_text())["status"] == "complete"
-    assert torch.isfinite(torch.tensor(found["metrics"]["val/loss"]))
+    plain = short_runs.run(data, tmp_path / "sgd", "optimizer._target_=torch.optim.SGD", *short)
+    assert found["status"] == "complete"
+    assert found["metrics"]["train/loss"] != plain["metrics"]["train/loss"]
+    assert math.isfinite(found["metrics"]["val/loss"])
 
 
 def test_an_evaluation_imports_nothing_that_the_folder_names_for_training(data, tmp_path, monkeypatch):

@@ -100,11 +100,10 @@ LORA = (
 @pytest.mark.parametrize(
     "own",
     [
-        ["intervention=direft", "intervention.positions=f3+image+l3"],
         ["intervention=peft/lora", LORA],
         ["intervention=loreft", "intervention.positions=text", "trainer.precision=bf16-mixed"],
     ],
-    ids=["direft", "lora", "bf16"],
+    ids=["lora", "bf16"],
 )
 def test_other_methods_run(folder, tmp_path, own):
     settings = compose.compose([

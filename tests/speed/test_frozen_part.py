@@ -25,12 +25,7 @@ from reft_lightning.speed.frozen_part import FrozenBlocks, FrozenPrefix, last_fr
 
 PLENTY = 10**8
 SHARED = {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
-DYNAMIC = {
-    "rope_type": "dynamic",
-    "factor": 4.0,
-    "rope_theta": 1e4,
-    "original_max_position_embeddings": 20,
-}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 20}
 # positions, layers, limit (of float64) -> what is left out
 CASES = {
     "a split prefix": ("l2", "all", 0, FrozenPrefix),
@@ -50,9 +45,8 @@ def short(reft, rows, limit=0):
 def compare(family, case, steps, dtype=torch.float64, tolerance=1e-10, **settings):
     positions, layers, limit, part = CASES[case]
     rows = encoded()
-    plain, shortened = (
-        attached(family, dtype, positions=positions, layers=layers, **settings) for _ in range(2)
-    )
+    settings |= {"positions": positions, "layers": layers}
+    plain, shortened = (attached(family, dtype, **settings) for _ in range(2))
     run = short(shortened, rows, limit * dtype.itemsize // 8)
     assert_same_training(plain, shortened, run, rows, steps, tolerance)
     assert type(run.part) is part  # not refused, which would be the plain pass
@@ -62,17 +56,17 @@ def compare(family, case, steps, dtype=torch.float64, tolerance=1e-10, **setting
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_fifty_steps_give_the_losses_and_gradients_of_the_plain_pass(case):
-    compare("llama", case, steps=50)
+def test_eight_epochs_give_the_losses_and_gradients_of_the_plain_pass(case):
+    compare("llama", case, steps=8 * ROWS // BATCH)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["a kept prefix", "the blocks up to the last"])
 def test_the_same_in_float32(case):
     compare("llama", case, steps=12, dtype=torch.float32, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "qwen3", "falcon"])
-@pytest.mark.parametrize("case", ["a split prefix", "a kept prefix", "the blocks up to the last"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "falcon"])
+@pytest.mark.parametrize("case", ["a kept prefix", "the blocks up to the last"])
 def test_other_architectures_give_the_same(family, case):
     # Falcon and OPT compute some of their norms in float32
     compare(family, case, steps=6, tolerance=2e-6)
@@ -88,7 +82,7 @@ def test_a_sliding_window_is_split_and_its_layers_are_kept_instead_of_its_prefix
 
 @pytest.mark.parametrize("case", ["a kept prefix", "the blocks up to the last"])
 @pytest.mark.parametrize(
-    "settings", [{"dropout": 0.5}, {"tied": "group"}, {"component": "mlp_output"}], ids=str
+    "settings", [{"dropout": 0.5}, {"tied": "group", "component": "mlp_output"}], ids=str
 )
 def test_dropout_tying_and_components_change_nothing(case, settings):
     compare("llama", case, steps=6, **settings)
@@ -109,12 +103,10 @@ def test_a_bfloat16_base_gives_nearly_the_same():
 @pytest.mark.parametrize(
     ("head", "positions", "layers", "tied", "limit", "part"),
     [
-        ("lm_head", "l2", "all", False, 0, FrozenPrefix),
         ("lm_head", "l2", "all", False, PLENTY, FrozenPrefix),
         ("lm_head", "l2", "all", True, PLENTY, None),  # it is the embeddings, too
         ("lm_head", "f2+l2", [2], False, PLENTY, FrozenBlocks),
         ("model.layers.1.mlp", "l2", "all", False, 0, None),
-        ("model.layers.1.mlp", "l2", [2], False, PLENTY, FrozenBlocks),
         ("model.layers.2.mlp", "f2+l2", [2], False, PLENTY, FrozenBlocks),
         ("model.embed_tokens", "l2", "all", False, PLENTY, None),
     ],
@@ -231,9 +223,7 @@ def test_what_a_model_or_a_method_does_not_allow_is_said(auto, name, own, method
 def test_a_limit_that_is_too_low_is_named_with_what_is_needed(caplog):
     with caplog.at_level(logging.WARNING):
         choose_part(attached("llama", positions="l2"), encoded(), causal=True, limit=10_000)
-    assert (
-        "kept.limit_gb has no effect: the keys and values of prefixes of all rows would take" in caplog.text
-    )
+    assert "has no effect: the keys and values of prefixes of all rows would take" in caplog.text
 
 
 def test_checkpointing_and_other_methods_train_plainly():
@@ -337,7 +327,7 @@ def test_a_longer_batch_than_those_tested_is_tested_too(caplog):
 
     def stretch(
         module, args, output
-    ):  # a pass over a longer text reads every column otherwise, as with dynamic RoPE
+    ):  # longer texts are read otherwise in every column, as with dynamic RoPE
         return output * (2 if output.shape[1] > longest else 1)
 
     reft.base_model.model.embed_tokens.register_forward_hook(stretch)
@@ -357,19 +347,17 @@ RAISING = [
     ("mamba", {}, {"positions": "l1"}, 0),
     ("mamba", {}, {"positions": "l1", "layers": [2]}, PLENTY),
     ("mixtral", {"output_router_logits": True}, {"positions": "l1"}, 0),
-    ("mixtral", {"output_router_logits": True}, {"positions": "f1", "layers": [2]}, PLENTY),
     ("gemma3n_text", {}, {"positions": "l1", "component": "mlp_output", "layers": [3]}, PLENTY),
     ("gemma4_text", SHARED, {"positions": "f2+l1", "layers": [1]}, PLENTY),
     ("gemma4_text", SHARED, {"positions": "l1", "layers": [0, 1]}, 0),
     ("qwen3_next", {}, {"positions": "l1"}, 0),
-    ("llama", {"rope_parameters": DYNAMIC}, {"positions": "l1"}, 0),
     ("llama", {"rope_parameters": DYNAMIC}, {"positions": "f1", "layers": [2]}, PLENTY),
     ("gemma3_text", {"use_bidirectional_attention": True}, {"positions": "l1"}, 0),
 ]
 
 
 @pytest.mark.parametrize(("name", "own", "settings", "limit"), RAISING)
-def test_what_cannot_be_left_out_of_an_architecture_is_not_and_its_losses_are_those_of_the_plain_pass(
+def test_architectures_that_cannot_be_shortened_have_the_losses_of_the_plain_pass(
     name, own, settings, limit, caplog
 ):
     rows, found, base = encoded(), [], architecture(name, **own)
@@ -413,9 +401,8 @@ def test_blocks_that_read_their_padding_are_not_kept(name, caplog):
 
 def test_a_loss_of_routers_is_compared_too(caplog):
     """The logits are those of the plain pass, but the routers of the blocks left out are missing in the loss."""
-    reft = rl.attach(
-        architecture("mixtral", output_router_logits=True), "loreft", rank=2, positions="f1", layers=[2]
-    )
+    base = architecture("mixtral", output_router_logits=True)
+    reft = rl.attach(base, "loreft", rank=2, positions="f1", layers=[2])
     rows = encoded()
     run = short(reft, rows, PLENTY)
     batch = target_only(batches(rows, 1)[0])
@@ -423,11 +410,6 @@ def test_a_loss_of_routers_is_compared_too(caplog):
     run(batch, numbers.tolist(), boundary)
     assert run.part is None
     assert "separately changes the aux_loss by" in caplog.text
-
-
-def test_a_prefix_is_not_split_off_where_it_reads_what_follows():
-    reft = rl.attach(architecture("gemma3_text", use_bidirectional_attention=True), rank=2, positions="l1")
-    assert choose_part(reft, encoded(), causal=True) is None
 
 
 def test_batches_too_short_to_split_do_not_stand_for_the_others(caplog):
@@ -464,12 +446,12 @@ def test_a_run_with_kept_inputs_reports_what_a_plain_one_does(tmp_path, caplog):
 
 @pytest.mark.parametrize("settings", [["intervention.positions=l2"], ["intervention.layers=[1]"]], ids=str)
 def test_mixed_precision_keeps_outputs_of_the_base_in_its_own(tmp_path, caplog, settings):
-    data = short_runs.write_rows(tmp_path / "data")
+    data = short_runs.write_rows(tmp_path / "data", train=12)
     mixed = [*settings, "test=false", "data.validation_size=0", "trainer.precision=bf16-mixed"]
     with caplog.at_level(logging.INFO):
         for name, more in (("plain", []), ("kept", ["kept.limit_gb=0.1"])):
             short_runs.run(data, tmp_path / name, *mixed, *more)
-    assert "of 24 rows" in caplog.text
+    assert "of 12 rows" in caplog.text
     assert "falling back" not in caplog.text
     losses = [short_runs.logged(tmp_path / name, "train/loss") for name in ("plain", "kept")]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
@@ -490,8 +472,7 @@ def test_a_split_run_resumes_exactly(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("overrides", "block"),
-    [(["intervention=none"], 1), (["intervention=lobireft", "intervention.layers=[1]"], 1),
-     (["intervention.layers=[1]", "intervention.component=mlp_output"], 0)],
+    [(["intervention=none"], 1), (["intervention.layers=[1]", "intervention.component=mlp_output"], 0)],
     ids=str,
 )  # fmt: skip
 def test_a_classifier_keeps_what_lies_below_its_head_or_its_lowest_site(tmp_path, caplog, overrides, block):
@@ -499,7 +480,7 @@ def test_a_classifier_keeps_what_lies_below_its_head_or_its_lowest_site(tmp_path
     settings = [
         "model=tiny_random", "model.config.model_type=bert", "model.config.num_hidden_layers=2", "data=glue_rte",
         "data.source=local", f"data.path={rows}", "data.batch_size=4", "intervention.positions=f3",
-        "intervention.rank=1", "trainer.accelerator=cpu", "trainer.max_epochs=3", "trainer.log_every_n_steps=1",
+        "intervention.rank=1", "trainer.accelerator=cpu", "trainer.max_epochs=2", "trainer.log_every_n_steps=1",
         "trainer.enable_progress_bar=false", "test=false", *overrides,
     ]  # fmt: skip
     losses = []
@@ -509,7 +490,7 @@ def test_a_classifier_keeps_what_lies_below_its_head_or_its_lowest_site(tmp_path
             losses.append(short_runs.logged(tmp_path / name, "train/loss"))
     assert f"keeping the output of block {block} of" in caplog.text
     assert "falling back" not in caplog.text
-    assert len(losses[0]) >= 3
+    assert len(losses[0]) >= 2
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import sys
+import time
 
 import pytest
 
@@ -71,8 +72,9 @@ def test_a_folder_that_is_not_whole_is_built_again(folder, how):
     publish(folder, refuse)
 
 
-def test_a_rebuilding_that_fails_leaves_a_folder_that_is_not_used(folder):
-    damage(folder, "cut")
+@pytest.mark.parametrize("how", ["cut", "no folder"])
+def test_a_building_that_fails_leaves_no_folder_that_is_used(folder, how):
+    damage(folder, how)
 
     def fail(part):
         (part / "one").write_text("1111")
@@ -88,14 +90,16 @@ def build_and_count(folder, log):
     def logged(part):
         with log.open("a") as file:
             file.write("built\n")
+        time.sleep(0.1)  # so that the others come before it is whole
         build(part)
 
     publish(folder, logged)
     assert is_whole(folder)
 
 
-def test_processes_that_find_a_damaged_folder_build_it_once(folder, tmp_path):
-    damage(folder, "cut")
+@pytest.mark.parametrize("how", ["cut", "no folder"])
+def test_processes_that_find_no_whole_folder_build_it_once(folder, tmp_path, how):
+    damage(folder, how)
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     arguments = (folder, tmp_path / "log")
     workers = [context.Process(target=build_and_count, args=arguments) for _ in range(4)]

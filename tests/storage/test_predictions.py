@@ -12,18 +12,14 @@ def row(source, **more):
 
 
 def test_rows_are_known_by_task_source_and_how_often_the_source_occurred_before():
-    assert [key for key, _ in keyed([row("a"), row("b"), row("a")])] == [
-        ("t", "a", 0),
-        ("t", "b", 0),
-        ("t", "a", 1),
-    ]
+    keys = [key for key, _ in keyed([row("a"), row("b"), row("a")])]
+    assert keys == [("t", "a", 0), ("t", "b", 0), ("t", "a", 1)]
 
 
 def test_a_text_may_hold_ends_of_lines_that_json_does_not_escape(tmp_path):
     file = tmp_path / "reft_test.jsonl"
-    file.write_text(
-        json.dumps(row("a", generated="one\u2028two"), ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(row("a", generated="one\u2028two"), ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")
     assert read_predictions(file)["t", "a", 0]["generated"] == "one\u2028two"
     assert read_predictions(tmp_path / "none.jsonl") == {}
 

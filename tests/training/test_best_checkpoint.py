@@ -41,6 +41,7 @@ NAN = float("nan")
         ([(0.5, 2.0), (0.5, 2.0)], "max", [1]),
         ([(2.0, 2.0), (1.0, 1.0), (1.0, 1.0), (3.0, 3.0)], "min", [1, 2]),
         ([(NAN, 1.0), (0.0, 3.0), (NAN, 1.0), (0.0, NAN)], "max", [2]),
+        ([(0.0, NAN), (0.0, 3.0)], "max", [1, 2]),
     ],
 )
 def test_a_score_counts_first_then_the_loss_then_which_came_first(validations, mode, saved):

@@ -35,8 +35,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_good_one(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
 
-def test_a_run_writes_its_checkpoints_next_to_their_place(tmp_path, monkeypatch):
-    data = short_runs.write_rows(tmp_path / "rows")
+def test_a_run_writes_its_checkpoints_next_to_their_place(data, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no_such_folder"))
     short_runs.run(data, tmp_path / "run")
     for name in ("best", "last"):

@@ -13,7 +13,6 @@ import pytest
 import short_runs
 import tiny
 import torch
-from lightning import Trainer
 from scipy import stats
 from torchmetrics.functional import matthews_corrcoef
 from transformers import (
@@ -106,10 +105,7 @@ def classifier(task="rte", dtype=torch.float32, attached=None, **settings):
 
 
 def evaluated(module, data, stage="test"):
-    trainer = Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False,
-    )  # fmt: skip
+    trainer = short_runs.trainer()
     (trainer.test if stage == "test" else trainer.validate)(module, data, verbose=False)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
@@ -119,10 +115,6 @@ class TestHeads:
     def test_the_head_is_what_lies_outside_the_encoder_and_its_pooler(self, family):
         model = build_on_meta(AutoConfig.for_model(family, num_labels=3), "sequence_classification")
         assert classification_heads(model) == HEADS[family]
-
-    def test_a_language_model_has_no_head_to_find(self):
-        with pytest.raises(ValueError, match="LlamaForCausalLM is not a sequence classifier"):
-            attach(tiny.model("llama"), "loreft", rank=1, heads="auto")
 
     def test_a_word_that_is_not_auto_is_refused(self):
         with pytest.raises(ValueError, match=r"heads must be 'auto' or a list .* got 'classifier'"):
@@ -258,12 +250,6 @@ class TestSaving:
         with again.disabled():
             assert not torch.equal(again(**batch).logits, reft(**batch).logits)
 
-    def test_right_padding_changes_nothing(self):
-        reft = attach(bert(), "loreft", rank=2, positions="f3", heads="auto")
-        rows = tiny.rows(2, 7)
-        few, many = reft(**tiny.padded(rows)).logits, reft(**tiny.padded(rows, extra=5)).logits
-        torch.testing.assert_close(few, many)
-
 
 class TestLoss:
     def batch(self, data):
@@ -361,19 +347,16 @@ class TestMeasures:
         found = measures_of(rows, reported, module.kind)
         assert set(found) == set(module.measures)
 
-    def test_matthews_is_pearsons_of_two_binary_variables(self):
-        metric = metric_of("matthews", 2)
-        said, gold = torch.tensor([1, 1, 0, 0, 1, 0, 1]), torch.tensor([1, 0, 0, 0, 1, 1, 1])
-        metric.update(said, gold)
-        assert float(metric.compute()) == pytest.approx(pearson(said, gold))
-
-    def test_matthews_of_three_classes_agrees_with_torchmetrics_where_it_is_defined(self):
-        said, gold = torch.randint(3, (2, 50))
-        metric = metric_of("matthews", 3)
+    @pytest.mark.parametrize("classes", [2, 3])
+    def test_matthews_agrees_with_torchmetrics_and_is_pearsons_of_two_binary_variables(self, classes):
+        said, gold = torch.randint(classes, (2, 50))
+        metric = metric_of("matthews", classes)
         metric.update(said[:20], gold[:20])
         metric.update(said[20:], gold[20:])
-        expected = matthews_corrcoef(said, gold, task="multiclass", num_classes=3)
+        expected = matthews_corrcoef(said, gold, task="multiclass", num_classes=classes)
         assert float(metric.compute()) == pytest.approx(float(expected), abs=1e-6)
+        if classes == 2:
+            assert float(expected) == pytest.approx(pearson(said, gold), abs=1e-6)
 
     @pytest.mark.parametrize(
         ("measure", "labels", "said"),
@@ -450,7 +433,10 @@ class TestMeasures:
 
 class TestRuns:
     def test_a_run_trains_head_and_interventions_and_reports_the_task(self, tmp_path):
-        results = run("rte", tmp_path, "intervention=lobireft")
+        results = run("rte", tmp_path, "intervention=lobireft", "trainer.max_epochs=12", "data.batch_size=16")
+        losses = list(short_runs.logged(tmp_path, "train/loss").values())
+        assert losses[-1] < 0.7 * losses[0]
+        assert math.isfinite(results["metrics"]["val/loss"])
         assert {"val/rte/accuracy", "val/accuracy", "test/rte/accuracy", "test/accuracy"} <= set(
             results["metrics"]
         )
@@ -483,12 +469,6 @@ class TestRuns:
         again = evaluate(tmp_path)
         for name in ("val/stsb/pearson", "val/stsb/spearman", "val/loss"):
             assert again["metrics"][name] == pytest.approx(results["metrics"][name], abs=1e-5)
-
-    def test_training_reduces_the_loss(self, tmp_path):
-        results = run("rte", tmp_path, "intervention=loreft", "trainer.max_epochs=12", "data.batch_size=16")
-        losses = list(short_runs.logged(tmp_path, "train/loss").values())
-        assert losses[-1] < 0.7 * losses[0]
-        assert math.isfinite(results["metrics"]["val/loss"])
 
     def test_an_interrupted_run_goes_on_bit_for_bit(self, tmp_path, monkeypatch):
         settings = ("intervention=loreft", "checkpoint.every_n_steps=1")

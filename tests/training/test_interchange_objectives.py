@@ -128,7 +128,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_reads_both_prompts_in_training_and_evaluation(rows, tmp_path, case):
-    config = compose.compose(arguments(rows, *CASES[case]))
+    config = compose.compose(arguments(rows, *CASES[case], "trainer.max_epochs=1"))
     results = experiment.run(config, tmp_path / "run")
     assert {"val/custom/accuracy", "val/custom/option_accuracy", "val/loss"} <= results["metrics"].keys()
     if case != "cdas":

@@ -18,23 +18,14 @@ def groups(method="loreft", **settings):
 
 
 def test_decay_acts_on_weights_and_never_on_rotations_or_biases():
-    _, found = groups(weight_decay=0.3)
+    reft, found = groups(weight_decay=0.3)
     assert {name: group["weight_decay"] for name, group in found.items()} == {
         "rotation": 0.0,
         "weight": 0.3,
         "bias": 0.0,
     }
-
-
-@pytest.mark.parametrize(
-    "method", ["loreft", "direft", "noreft", "consreft", "lobireft", "direft_orthonormal"]
-)
-def test_every_trained_parameter_is_in_one_group(method):
-    reft, found = groups(method)
-    grouped = [p for group in found.values() for p in group["params"]]
-    trained = [p for p in reft.parameters() if p.requires_grad]
-    assert len(grouped) == len(trained)
-    assert {id(p) for p in grouped} == {id(p) for p in trained}
+    grouped = [id(p) for group in found.values() for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in reft.parameters() if p.requires_grad)
 
 
 def test_a_head_has_its_own_rate_and_decays():
@@ -55,22 +46,6 @@ def test_the_groups_are_logged(caplog):
         Optimization(weight_decay=0.3, lr=0.01).build(reft.parameter_roles(), 100)
     assert "optimizer group weight: 192 parameters, lr 0.01, weight decay 0.3" in caplog.text
     assert "optimizer group rotation: 192 parameters, lr 0.01, weight decay 0" in caplog.text
-
-
-def test_rotations_stay_orthonormal_under_decay():
-    reft, found = groups(weight_decay=0.5, lr=0.1)
-    optimizer = torch.optim.AdamW(found.values())
-    batch = tiny.prompt_target(tiny.rows(6, 3), tiny.rows(2, 4))
-    before = {name: p.clone() for name, p in reft.base_model.named_parameters()}
-    for _ in range(10):
-        reft(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    for group in reft.interventions.values():
-        for phi in group:
-            torch.testing.assert_close(phi.R @ phi.R.mT, torch.eye(4), atol=1e-5, rtol=0)
-    for name, parameter in reft.base_model.named_parameters():
-        assert torch.equal(parameter, before[name]), name
 
 
 def rates(scheduler, steps, at):

@@ -25,11 +25,14 @@ class Recorded(progress.Bar):
         self.open = False
 
 
-def test_a_run_shows_training_each_evaluation_and_whose_it_is(tmp_path, monkeypatch, capsys):
+@pytest.fixture(autouse=True)
+def _recorded(monkeypatch):
     monkeypatch.setattr(progress, "Bar", Recorded)
     monkeypatch.setattr(Recorded, "every", [])
-    data = short_runs.write_rows(tmp_path / "data")
-    short_runs.run(data, tmp_path / "run", "trainer.enable_progress_bar=true", "evaluate_base=true")
+
+
+def test_a_run_shows_training_each_evaluation_and_whose_it_is(data, tmp_path, capsys):
+    short_runs.run(data, tmp_path, "trainer.enable_progress_bar=true", "evaluate_base=true")
     bars = [(bar.what, bar.total, bar.done) for bar in Recorded.every]
     # 6 rows in batches of 4; 12 steps; the last validation is that of the selected checkpoint
     assert bars == [
@@ -45,12 +48,7 @@ def test_a_run_shows_training_each_evaluation_and_whose_it_is(tmp_path, monkeypa
     assert "Epoch" not in said.out
 
 
-def test_a_failure_removes_all_bars(tmp_path, monkeypatch):
-    monkeypatch.setattr(progress, "Bar", Recorded)
-    monkeypatch.setattr(Recorded, "every", [])
-    data = short_runs.write_rows(tmp_path / "data")
-    short_runs.stop_at(monkeypatch, 3)
-    with pytest.raises(short_runs.Stop):
-        short_runs.run(data, tmp_path / "run", "trainer.enable_progress_bar=true")
+def test_a_failure_removes_all_bars(data, tmp_path):
+    short_runs.interrupt(data, tmp_path, 3, "trainer.enable_progress_bar=true")
     assert [bar.what for bar in Recorded.every] == ["training"]
     assert not Recorded.every[0].open

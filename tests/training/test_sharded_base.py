@@ -83,8 +83,7 @@ def test_gradients_are_those_of_one_process_with_all_rows(root, tmp_path):
     assert done.stdout.count("equal:") == 2 * 9
 
 
-def test_a_single_process_trains_what_it_trains_without(tmp_path):
-    data = short_runs.write_rows(tmp_path / "rows")
+def test_a_single_process_trains_what_it_trains_without(data, tmp_path):
     short_runs.run(data, tmp_path / "plain", "evaluate_base=true")
     short_runs.run(data, tmp_path / "fsdp", "evaluate_base=true", "trainer=fsdp", "trainer.devices=1")
     assert short_runs.logged(tmp_path / "fsdp", "train/loss") == short_runs.logged(
@@ -106,20 +105,21 @@ def test_a_single_process_trains_what_it_trains_without(tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_divided_is_refused_before_weights_are_loaded(tmp_path, monkeypatch, overrides, said):
+def test_what_cannot_be_divided_is_refused_before_weights_are_loaded(
+    data, tmp_path, monkeypatch, overrides, said
+):
     monkeypatch.setattr(experiment, "build", None)
-    data = short_runs.write_rows(tmp_path / "rows")
     with pytest.raises(experiment.SetupError, match=said):
         short_runs.run(data, tmp_path / "run", "trainer=fsdp", "trainer.devices=1", *overrides)
-    config = replace(
-        short_runs.config(data, "trainer=fsdp", "trainer.devices=1"),
-        intervention=InterventionConfig(method="full"),
-    )
+
+
+def test_a_base_that_is_trained_cannot_be_divided(data, tmp_path):
+    divided = short_runs.config(data, "trainer=fsdp", "trainer.devices=1")
     with pytest.raises(experiment.SetupError, match="full trains the base's weights"):
-        experiment.run(config, tmp_path / "full")
+        experiment.run(replace(divided, intervention=InterventionConfig(method="full")), tmp_path / "full")
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed", "deepspeed_stage_3_offload"])
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_3_offload"])
 def test_lightnings_own_are_refused_by_name(tmp_path, strategy):
     with pytest.raises(
         ValueError, match=f"trainer.strategy={strategy} would also shard .* Write trainer=fsdp"

@@ -40,15 +40,6 @@ def changed(before, after):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_only_the_adapter_state_changes(method):
-    reft = attached(method)
-    base, own = tensors(reft.base_model), {k: v.clone() for k, v in reft.adapter_state_dict().items()}
-    train(reft, 3)
-    assert not changed(base, tensors(reft.base_model))
-    assert changed(own, reft.adapter_state_dict()) == set(own)
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_the_loss_falls(method):
     losses = train(attached(method, positions="all"), 30)
     assert losses[-1] < 0.9 * losses[0]

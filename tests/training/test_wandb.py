@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,11 +32,6 @@ def records(folder):
 
 def of(found, kind):
     return [record[kind] for record in found if record["type"] == kind]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return short_runs.write_rows(tmp_path_factory.mktemp("rows"))
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +215,7 @@ def test_an_evaluation_is_filed_in_the_group_of_its_run(two_runs):
     assert {"base_answer", "changed"} <= set(rows[0])
 
 
-def test_a_loss_that_is_no_longer_a_number_raises_an_alert(data, tmp_path):
+def test_a_loss_that_is_no_longer_a_number_raises_an_alert_and_closes_the_run_as_failed(data, tmp_path):
     with pytest.raises(FloatingPointError):
         short_runs.run(data, tmp_path, "logger=wandb", "optimizer.lr=1e20", "scheduler.warmup_ratio=0")
     _, found = records(tmp_path)
@@ -230,6 +223,8 @@ def test_a_loss_that_is_no_longer_a_number_raises_an_alert(data, tmp_path):
     assert (alert["title"], alert["level"]) == ("NaN", "ERROR")
     assert "lower optimizer.lr" in alert["text"]
     assert summary_of(found)["status"] == "failed"
+    assert of(found, "exit")[0]["exit_code"] == 1
+    assert wandb_library.run is None
 
 
 def test_training_that_stays_worse_than_it_began_raises_one_alert(tmp_path):
@@ -249,52 +244,25 @@ def test_training_that_stays_worse_than_it_began_raises_one_alert(tmp_path):
     assert alert["text"].startswith("step 51: ")
 
 
-class Ends(Callback):
-    """Tell the process to stop, as a scheduler or a user does."""
-
-    def __init__(self, end):
-        self.end = end
+class Interrupt(Callback):
+    """Stop the run as a user does."""
 
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == 8:
-            self.end()
+            raise KeyboardInterrupt
 
 
-def interrupt():
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize(
-    ("end", "code"),
-    [(lambda: os.kill(os.getpid(), signal.SIGTERM), 143), (interrupt, 130)],
-    ids=["SIGTERM", "Ctrl-C"],
-)
-def test_a_run_that_is_told_to_stop_is_killed_and_not_failed(data, tmp_path, end, code):
+def test_a_run_that_is_told_to_stop_is_killed_and_not_failed(data, tmp_path):
     with pytest.raises(SystemExit):
-        experiment.run(short_runs.config(data, "logger=wandb"), tmp_path, callbacks=[Ends(end)])
+        experiment.run(short_runs.config(data, "logger=wandb"), tmp_path, callbacks=[Interrupt()])
     _, found = records(tmp_path)
-    assert of(found, "exit")[0]["exit_code"] == code
+    assert of(found, "exit")[0]["exit_code"] == 130
     assert summary_of(found)["status"] == "killed"
     assert summary_of(found)["best_step"] == 6
 
 
-def test_a_run_that_stops_is_closed_as_failed(data, tmp_path, monkeypatch):
-    short_runs.stop_at(monkeypatch, 2)
-    with pytest.raises(short_runs.Stop):
-        short_runs.run(data, tmp_path, "logger=wandb")
-    import wandb
-
-    assert wandb.run is None
-    _, found = records(tmp_path)
-    assert of(found, "exit")[0]["exit_code"] == 1
-    assert summary_of(found)["status"] == "failed"
-
-
-def test_a_resumed_run_continues_its_run(data, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        short_runs.stop_at(patch, 2)
-        with pytest.raises(short_runs.Stop):
-            short_runs.run(data, tmp_path, "logger=wandb")
+def test_a_resumed_run_continues_its_run(data, tmp_path):
+    short_runs.interrupt(data, tmp_path, 2, "logger=wandb")
     short_runs.run(data, tmp_path, "logger=wandb", f"resume={tmp_path}")
     # offline-run-TIME-ID, followed by a number if both began in the same second
     ids = [folder.name.split("-")[3] for folder in (tmp_path / "wandb").glob("offline-run-*")]
@@ -381,16 +349,16 @@ def test_next_to_an_open_run_a_run_has_its_mode(tmp_path, anew, monkeypatch, off
 
 
 @pytest.mark.parametrize(
-    ("server", "machine", "expected"),
+    ("place", "server", "machine", "expected"),
     [
-        (None, "api.wandb.ai", "online"),
-        ("http://wandb.example:8080", "wandb.example:8080", "online"),  # self-hosted
-        ("https://wandb.example/", "wandb.example", "online"),
-        ("https://wandb.example", "api.wandb.ai", "offline"),  # a key for another server
-        (None, "github.com", "offline"),
+        ("home", None, "api.wandb.ai", "online"),
+        ("NETRC", None, "api.wandb.ai", "online"),
+        ("home", "http://wandb.example:8080", "wandb.example:8080", "online"),  # self-hosted
+        ("home", "https://wandb.example/", "wandb.example", "online"),
+        ("NETRC", "https://wandb.example", "api.wandb.ai", "offline"),  # a key for another server
+        ("home", None, "github.com", "offline"),
     ],
 )
-@pytest.mark.parametrize("place", ["NETRC", "home"])
 def test_a_key_in_a_netrc_file_counts_for_its_server(
     tmp_path, anew, monkeypatch, place, server, machine, expected
 ):
@@ -404,7 +372,7 @@ def test_a_key_in_a_netrc_file_counts_for_its_server(
     assert mode_of(tmp_path / "run") == expected
 
 
-def test_a_server_that_wandb_login_keeps_in_its_settings_counts(tmp_path, anew, monkeypatch):
+def test_a_server_that_wandb_login_keeps_in_its_settings_counts(tmp_path, anew):
     (anew / "config").mkdir()
     (anew / "config" / "settings").write_text("[default]\nbase_url = https://wandb.example\n")
     (anew / ".netrc").write_text(f"machine wandb.example\n  login user\n  password {KEY}\n")
@@ -419,8 +387,12 @@ def test_a_key_that_cannot_be_one_is_refused(tmp_path, anew, monkeypatch):
 
 def test_the_configuration_chooses_the_mode_before_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
-    (_, logger) = trainer.build_loggers(wandb("logger.wandb.mode=disabled"), tmp_path)
-    assert logger._wandb_init["mode"] == "disabled"
+    for override, mode in (
+        ("logger.wandb.mode=disabled", "disabled"),
+        ("+logger.wandb.offline=true", "offline"),
+    ):
+        (_, logger) = trainer.build_loggers(wandb(override), tmp_path)
+        assert logger._wandb_init["mode"] == mode
 
 
 def test_what_fails_at_the_end_of_a_wandb_run_is_a_warning(tmp_path, caplog, monkeypatch):

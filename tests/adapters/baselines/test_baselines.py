@@ -8,14 +8,13 @@ import pytest
 import short_runs
 import tiny
 import torch
-from adapted_models import ALL, DECODERS, OPTIONS, PEFT, VIRTUAL, adapted
+from adapted_models import ALL, LLAMA_7B, OPTIONS, PEFT, VIRTUAL, adapted, logits_of
 from peft import PeftModel, get_peft_model
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     DistilBertConfig,
     DistilBertForSequenceClassification,
-    LlamaConfig,
 )
 
 from reft_lightning.adapters.adapt import adapt, build_on_meta
@@ -41,17 +40,12 @@ TINY = {
 OURS = ["intervention.rank=8", "intervention.positions=f7+l7"]  # the defaults, which short_runs changes
 
 
-def logits_of(model, batch):
-    with torch.no_grad():
-        return model(**batch).logits
-
-
 # --- the laws of adapted models -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "method"), DECODERS)
-def test_checking_a_target_gives_the_ids_of_plain_decoding(family, method):
-    model, texts = adapted(family, method), tiny.rows(5, 2, 7, 4)
+@pytest.mark.parametrize("method", ["peft/lora", *VIRTUAL, "full"])
+def test_checking_a_target_gives_the_ids_of_plain_decoding(method):
+    model, texts = adapted("llama", method), tiny.rows(5, 2, 7, 4)
     prompts = {"boundary": 7, **tiny.prompt_target(texts, tiny.rows(0, 0, 0, 0))}
     plain = generate_ids(model, prompts, ENDLESS, Decoding(6, verify=False))
     drafts = [plain[0, :4], torch.cat([plain[1, :2], (plain[1, 2:3] + 1) % tiny.VOCABULARY]), plain[2, :1]]
@@ -60,8 +54,13 @@ def test_checking_a_target_gives_the_ids_of_plain_decoding(family, method):
     assert torch.equal(generate_ids(model, batch, ENDLESS, Decoding(6)), plain)
 
 
-@pytest.mark.parametrize("method", ["peft/lora", *VIRTUAL])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma3"])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        ("llama", "peft/lora"),
+        *((f, method) for f in ("llama", "gpt2", "opt", "gemma3") for method in VIRTUAL),
+    ],
+)
 def test_beams_and_caches_of_other_models_agree(family, method):
     model, batch = adapted(family, method), tiny.padded(tiny.rows(5, 2), "left")
     search = {"max_new_tokens": 4, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
@@ -78,9 +77,8 @@ def test_a_cache_of_an_earlier_call_is_read_once(method):
     with torch.no_grad():
         first = model(input_ids=text[None, :5], use_cache=True)
         then = model(input_ids=text[None, 5:], past_key_values=first.past_key_values)
-    torch.testing.assert_close(
-        then.logits, logits_of(model, {"input_ids": text[None]})[:, 5:], rtol=1e-4, atol=1e-4
-    )
+    whole = logits_of(model, {"input_ids": text[None]})
+    torch.testing.assert_close(then.logits, whole[:, 5:], rtol=1e-4, atol=1e-4)
 
 
 # --- parameters and files -----------------------------------------------------------------------------------------
@@ -110,17 +108,10 @@ def test_the_count_is_pefts_own(method):
 
 
 def test_llm_adapters_lora_has_its_published_size():
-    llama_7b = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-    )
-    config = compose.compose(["model=tiny_random", "data=boolq", "intervention=peft/lora_llm_adapters"])
-    count = adapt(
-        build_on_meta(llama_7b), config.intervention.method, **config.intervention.options
-    ).parameter_count()
+    chosen = compose.compose(
+        ["model=tiny_random", "data=boolq", "intervention=peft/lora_llm_adapters"]
+    ).intervention
+    count = adapt(build_on_meta(LLAMA_7B), chosen.method, **chosen.options).parameter_count()
     assert count.trainable == 56_098_816
     # Table 1 of Wu et al. 2024 counts the adapter into the base
     assert 100 * count.trainable / (count.base + count.trainable) == pytest.approx(0.826, abs=5e-4)
@@ -176,17 +167,10 @@ def test_unknown_methods_and_options_name_the_nearest():
         (["intervention.method=peft/lorra"], r"unknown baseline 'peft/lorra'.*did you mean 'peft/lora'"),
         (["intervention=peft/lora", "+intervention.options.lora_alhpa=3"], r"did you mean 'lora_alpha'"),
         (["intervention=peft/lora", "+intervention.options.bias=all"], r"leave out the option 'bias'"),
-        (
-            ["intervention=peft/lora", "+intervention.options.init_lora_weights=pissa"],
-            r"orthogonal; got 'pissa', which",
-        ),
+        (["intervention=peft/lora", "+intervention.options.init_lora_weights=pissa"], r"got 'pissa', which"),
         (
             ["intervention=peft/lora", "+intervention.options.layer_replication=[[0,2]]"],
             r"no option 'layer_replic",
-        ),
-        (
-            ["intervention=peft/lora", "+intervention.options.alora_invocation_tokens=[3]"],
-            r"no option 'alora_inv",
         ),
         (["intervention=full", "+intervention.options.r=3"], r"full takes no option 'r'"),
         (["intervention/peft=lora"], r"write intervention=peft/lora"),
@@ -200,26 +184,17 @@ def test_unknown_methods_and_options_name_the_nearest():
 @pytest.mark.parametrize("method", ["peft/prompt_tuning", "peft/prefix_tuning"])
 def test_virtual_tokens_before_a_running_state_are_refused_and_before_a_window_are_warned_of(method, caplog):
     base = architectures.build(AutoModelForCausalLM, CONFIG_MAPPING["mamba"])
-    with pytest.raises(
-        ValueError, match=r"before the padding of a row, and 4 layers of MambaForCausalLM keep a running"
-    ):
+    said = r"before the padding of a row, and 4 layers of MambaForCausalLM keep a running"
+    with pytest.raises(ValueError, match=said):
         adapt(base, method, num_virtual_tokens=2)
     assert not caplog.messages
     adapted("mistral", method)
     assert "layers of MistralForCausalLM look back at 6 columns: the outputs" in caplog.text
 
 
-def test_models_without_biases_or_caches_are_refused():
+def test_a_model_without_biases_is_refused():
     with pytest.raises(ValueError, match=r"LlamaForCausalLM has no parameters that bitfit trains"):
         adapted("llama", "bitfit")
-    with pytest.raises(ValueError, match=r"use peft/prompt_tuning"):
-        adapted("bert", "peft/prefix_tuning")
-    with pytest.raises(ValueError, match=r"frozen trains nothing"):
-        adapt(tiny.model("bert"), "frozen", heads="auto")
-    with pytest.raises(ValueError, match=r"no module 'clasifier'.*'classifier'"):
-        adapt(tiny.model("bert"), "peft/lora", heads=["clasifier"])
-    with pytest.raises(ValueError, match=r"Target modules .* not found"):
-        adapted("llama", "peft/lora", target_modules=["query"])
 
 
 def test_settings_of_interventions_are_refused_before_weights_are_loaded(tmp_path):
@@ -248,27 +223,12 @@ def data(tmp_path_factory):
     return short_runs.write_rows(tmp_path_factory.mktemp("rows"))
 
 
-def test_a_stopped_run_of_lora_goes_on_exactly(data, tmp_path, monkeypatch):
-    arguments = ("intervention=peft/lora", *OURS, "evaluate_base=true")
-    whole = short_runs.run(data, tmp_path / "whole", *arguments)
-    with monkeypatch.context() as patch:
-        short_runs.stop_at(patch, 8)
-        with pytest.raises(short_runs.Stop):
-            short_runs.run(data, tmp_path / "parts", *arguments)
-    parts = short_runs.run(data, tmp_path / "parts", *arguments, f"resume={tmp_path / 'parts'}")
-    a, b = (load_state(tmp_path / name / "adapter") for name in ("whole", "parts"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    for name in ("trainable_parameters", "percent", "steps", "status", "method"):
-        assert parts[name] == whole[name]
-    assert whole["trainable_parameters"] == 8 * (32 + 32 + 32 + 16) * 2
-    assert whole["metrics"]["base/test/accuracy"] <= 1
-    saved = short_runs.checkpoint(tmp_path / "whole")["state_dict"]
-    assert all("lora_" in name for name in saved)
-
-
 def test_a_run_is_evaluated_again_and_talked_to(data, tmp_path):
     arguments = ("intervention=peft/prompt_tuning", *OURS, "trainer.max_epochs=1", "optimizer.lr=0.3")
     result = short_runs.run(data, tmp_path, *arguments, "intervention.options.num_virtual_tokens=3")
+    assert result["trainable_parameters"] == 3 * 32
+    saved = short_runs.checkpoint(tmp_path)["state_dict"]
+    assert saved.keys() == {f"adapter.{name}" for name in load_state(tmp_path / "adapter")}
     again = evaluate(tmp_path, "validation")
     assert again["metrics"]["val/loss"] == pytest.approx(result["metrics"]["val/loss"])
     talk = chat.Conversation(*chat.load(tmp_path), max_new_tokens=6)
@@ -286,7 +246,7 @@ def test_a_frozen_model_is_evaluated_and_nothing_else(data, tmp_path):
     assert again["metrics"]["val/loss"] == result["metrics"]["val/loss"]
 
 
-@pytest.mark.parametrize("method", ["peft/lora", "peft/prompt_tuning", "bitfit"])
+@pytest.mark.parametrize("method", ["peft/prompt_tuning", "bitfit"])
 def test_a_classifier_is_trained_with_its_head(method, root, tmp_path):
     config = compose.compose(
         [
@@ -298,8 +258,8 @@ def test_a_classifier_is_trained_with_its_head(method, root, tmp_path):
     result = experiment.run(config, tmp_path)
     head = 32 * 32 + 32 + 2 * 32 + 2  # BERT's pooler and classifier
     assert (result["status"], result["head_parameters"]) == ("complete", head)
-    # 2 layers of width 32 and 64: A and B of query and value; 20 virtual tokens; every bias
-    counts = {"peft/lora": 2 * 2 * 8 * 64, "peft/prompt_tuning": 20 * 32, "bitfit": 2 * (7 * 32 + 64) + 32}
+    # 20 virtual tokens; every bias of 2 layers of width 32 and 64
+    counts = {"peft/prompt_tuning": 20 * 32, "bitfit": 2 * (7 * 32 + 64) + 32}
     assert result["trainable_parameters"] == counts[method]
     again = evaluate(tmp_path, "validation")
     assert again["metrics"]["val/loss"] == pytest.approx(result["metrics"]["val/loss"])

@@ -1,4 +1,4 @@
-"""Whatever positions are written: a message that names them, or tokens of the text, each in one group."""
+"""Any position specification is refused by name, or selects tokens of the text, each in one group."""
 
 import torch
 from any_input import examples, tried

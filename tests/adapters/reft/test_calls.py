@@ -1,4 +1,4 @@
-"""Calls inside calls, calls in several threads, calls with positional arguments: each edits what it edits by itself."""
+"""Nested calls, calls in several threads and calls with positional arguments edit as single ones do."""
 
 import copy
 import pickle
@@ -63,15 +63,14 @@ def asks(reft):
     }
 
 
-@pytest.mark.parametrize("what", ["a forward pass", "a generation", "a comparison with the base",
-                                  "a training step", "a call that fails"])  # fmt: skip
 @pytest.mark.parametrize("positions", ["f1+l1+decode", "decode", "l1"])
-def test_a_call_inside_a_generation_does_not_end_its_edits(positions, what):
+def test_a_call_inside_a_generation_does_not_end_its_edits(positions):
     reft = attached(positions)
     expected = reft.generate(**BATCH, **GREEDY)
     with reft.disabled():
         assert not torch.equal(reft.generate(**BATCH, **GREEDY), expected), "the edit must show in the ids"
-    assert torch.equal(interrupted(reft, asks(reft)[what]), expected)
+    for what, ask in asks(reft).items():
+        assert torch.equal(interrupted(reft, ask), expected), what
 
 
 def test_a_call_inside_a_generation_gets_what_it_gets_by_itself():
@@ -144,9 +143,8 @@ def test_threads_get_their_own_gradients(checkpointing, component):
 
     def gradients(batch):
         found = list(reft.interventions.parameters())
-        return torch.cat(
-            [g.flatten() for g in torch.autograd.grad(reft(**batch).logits.square().mean(), found)]
-        )
+        loss = reft(**batch).logits.square().mean()
+        return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, found)])
 
     jobs = (lambda: gradients(BATCH), lambda: gradients(OTHER))
     expected = [job() for job in jobs]
@@ -185,10 +183,8 @@ def test_guidance_by_a_second_text_is_refused(given):
 def test_a_copy_made_during_a_generation_has_no_call_under_way(way):
     reft = attached()
     copies = []
-    interrupted(
-        reft,
-        lambda: copies.append(copy.deepcopy(reft) if way == "deepcopy" else pickle.loads(pickle.dumps(reft))),
-    )
+    made = copy.deepcopy if way == "deepcopy" else lambda reft: pickle.loads(pickle.dumps(reft))
+    interrupted(reft, lambda: copies.append(made(reft)))
     with torch.no_grad():
         expected = tiny.model("llama").eval()(**OTHER).logits
         assert torch.equal(copies[0].base_model(**OTHER).logits, expected)

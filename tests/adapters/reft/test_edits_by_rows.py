@@ -1,4 +1,4 @@
-"""Edits that look at whole prompts, at what is said of each row, and return more than hidden states."""
+"""Edits that depend on whole prompts or on values of each row, and return more than hidden states."""
 
 import copy
 
@@ -58,10 +58,9 @@ def batch():
 
 
 def logits_of(reft, inputs, **more):
+    given = {k: v for k, v in inputs.items() if k != "labels"}
     with torch.no_grad():
-        return reft(**{k: v for k, v in inputs.items() if k != "labels"}, **more).logits[
-            inputs["attention_mask"].bool()
-        ]
+        return reft(**given, **more).logits[inputs["attention_mask"].bool()]
 
 
 def test_a_row_is_read_as_if_it_were_alone():
@@ -77,10 +76,9 @@ def test_what_the_prompt_said_is_kept_while_decoding():
     settings = {"max_new_tokens": 6, "do_sample": False}
     cached = reft.generate(**prompts, **settings)
     assert torch.equal(cached, reft.generate(**prompts, **settings, use_cache=False))
-    beams = reft.generate(**prompts, **settings, num_beams=3, num_return_sequences=2)
-    assert torch.equal(
-        beams, reft.generate(**prompts, **settings, num_beams=3, num_return_sequences=2, use_cache=False)
-    )
+    settings |= {"num_beams": 3, "num_return_sequences": 2}
+    beams = reft.generate(**prompts, **settings)
+    assert torch.equal(beams, reft.generate(**prompts, **settings, use_cache=False))
     mask = torch.cat([prompts["attention_mask"], torch.ones(2, 6, dtype=torch.long)], 1)
     forced = reft(cached, mask, prompt_mask=torch.nn.functional.pad(prompts["attention_mask"].bool(), (0, 6)))
     assert torch.equal(forced.logits[:, 5:-1].argmax(-1), cached[:, 6:])
@@ -109,10 +107,10 @@ def test_each_row_has_its_own_adapter_and_strength():
         torch.testing.assert_close(mixed[row], reft(**alone, adapter_names=[name]).logits[0], **CLOSE)
     settings = {"max_new_tokens": 4, "do_sample": False}
     left = tiny.padded(tiny.rows(5, 3, 4, 2), "left")
-    cached, not_cached = (
-        reft.generate(**left, **settings, adapter_names=names, use_cache=c) for c in (True, False)
-    )
-    assert torch.equal(cached, not_cached)
+    texts = [
+        reft.generate(**left, **settings, adapter_names=names, use_cache=cached) for cached in (True, False)
+    ]
+    assert torch.equal(*texts)
 
 
 def test_the_caller_says_something_of_each_row():
@@ -124,7 +122,11 @@ def test_the_caller_says_something_of_each_row():
         torch.testing.assert_close(both[row], expected, **CLOSE)
     told = {"row_values": {"concept": torch.tensor([2, 0])}, "max_new_tokens": 4, "do_sample": False}
     assert torch.equal(reft.generate(**inputs, **told), reft.generate(**inputs, **told, use_cache=False))
-    assert reft.generate(**inputs, **told, num_beams=2).shape == (2, 9)
+    searched = reft.generate(**inputs, **told, num_beams=2)
+    for row, concept in enumerate((2, 0)):
+        alone = {k: v[row : row + 1] for k, v in inputs.items()} | told
+        alone["row_values"] = {"concept": torch.tensor([concept])}
+        assert torch.equal(reft.generate(**alone, num_beams=2)[0], searched[row])
     with pytest.raises(ValueError, match=r"row_values\['concept'\] has 3 rows, but the batch has 2"):
         reft(**inputs, row_values={"concept": torch.tensor([2, 0, 1])})
 
@@ -219,7 +221,6 @@ def test_tokens_are_summed_by_row():
 
 def test_row_values_may_be_lists():
     reft = rl.attach(tiny.model("llama"), "difference_in_means", positions="all").train()
-    lists, tensors = (
-        reft(**batch(), row_values={"sign": sign}).penalty for sign in ([1, -1, 1], torch.tensor([1, -1, 1]))
-    )
-    assert torch.equal(lists, tensors)
+    signs = [1, -1, 1]
+    found = [reft(**batch(), row_values={"sign": sign}).penalty for sign in (signs, torch.tensor(signs))]
+    assert torch.equal(*found)

@@ -9,9 +9,9 @@ from transformers import GenerationConfig
 import reft_lightning as rl
 
 POSITIONS = ["f2+l2", "l1", "prompt", "all", "decode", "decode:2", "f1+l1+decode:2"]
-# all of them on one model; on each other model those of a prompt, of all tokens, and of both at once
+# all of them on one model; on each other model one of which the others are parts
 CASES = [("llama", positions) for positions in POSITIONS]
-CASES += [(f, p) for f in tiny.DECODERS if f != "llama" for p in ("f2+l2", "all", "f1+l1+decode:2")]
+CASES += [(family, "f1+l1+decode:2") for family in tiny.DECODERS if family != "llama"]
 NEW = 6
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": tiny.PAD}
 
@@ -45,7 +45,7 @@ def test_cached_and_uncached_generation_and_teacher_forcing_agree(family, positi
         assert not torch.equal(new_ids(reft, batch), cached), "the edit must show in the ids"
 
 
-@pytest.mark.parametrize("positions", ["f2+l2", "all", "decode:2"])
+@pytest.mark.parametrize("positions", ["f2+l2", "decode:2"])
 def test_scores_of_generation_are_the_logits_of_teacher_forcing(positions):
     reft = attached(positions=positions)
     batch = tiny.padded(tiny.rows(5, 3), "left")
@@ -62,7 +62,7 @@ def test_scores_of_generation_are_the_logits_of_teacher_forcing(positions):
     torch.testing.assert_close(generated, logits[:, width - 1 : -1].float(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", tiny.DECODERS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])  # rotary, numbered by us, numbered by itself
 def test_a_batch_gives_what_its_rows_give_padded_on_either_side(family):  # pyreft searches for BOS (D12)
     reft = attached(family)
     texts = tiny.rows(6, 1, 3)  # shorter than the positions asked for, too
@@ -81,45 +81,9 @@ def test_beams_give_each_row_what_it_gets_alone(positions):  # pyreft needs loca
     assert torch.equal(new_ids(reft, batch, num_beams=3, use_cache=False), alone)
 
 
-def test_several_sequences_a_row_come_next_to_each_other():  # D44
-    reft = attached()
-    batch = tiny.padded(tiny.rows(5, 3), "left")
-    beams = reft.generate(**batch, **(GREEDY | {"num_beams": 3, "num_return_sequences": 2}))
-    assert beams.shape[0] == 4
-    assert torch.equal(beams[::2, batch["input_ids"].shape[1] :], new_ids(reft, batch, num_beams=3))
-
-
-def test_sampling_is_reproducible_and_uses_the_edit():
-    reft = attached(positions="all")
-    batch = tiny.padded(tiny.rows(5, 3), "left")
-    drawn = []
-    for enabled in (True, True, False):
-        torch.manual_seed(7)
-        if enabled:
-            drawn.append(new_ids(reft, batch, do_sample=True, num_return_sequences=3))
-        else:
-            with reft.disabled():
-                drawn.append(new_ids(reft, batch, do_sample=True, num_return_sequences=3))
-    assert torch.equal(drawn[0], drawn[1])
-    assert not torch.equal(drawn[0], drawn[2])
-    assert drawn[0].shape == (6, NEW)
-
-
-@pytest.mark.parametrize("positions", ["f2+l2", "decode"])
-def test_a_static_cache_gives_the_same_ids(positions):
-    reft = attached(positions=positions)
-    batch = tiny.padded(tiny.rows(5, 3), "left")
-    assert torch.equal(new_ids(reft, batch, cache_implementation="static"), new_ids(reft, batch))
-
-
-def test_a_prompt_read_in_chunks_gives_the_same_ids():  # pyreft raises (D44)
-    reft = attached(positions="f2+l2")
-    batch = tiny.padded(tiny.rows(9, 4), "left")
-    assert torch.equal(new_ids(reft, batch, prefill_chunk_size=4), new_ids(reft, batch))
-
-
-@pytest.mark.parametrize("tied", ["all", "group", "position"])
-@pytest.mark.parametrize("component", ["block_input", "attention_output", "mlp_output"])
+@pytest.mark.parametrize(
+    ("component", "tied"), [("block_input", "position"), ("attention_output", "group"), ("mlp_output", "position")]
+)  # fmt: skip
 def test_every_component_and_tying_generates_as_it_is_forced(component, tied):
     reft = attached(component=component, tied=tied)
     batch = tiny.padded(tiny.rows(5, 3), "left")
@@ -134,17 +98,6 @@ def test_decoded_tokens_cost_nothing_when_the_prompt_alone_is_edited():
             phi.register_forward_hook(lambda *_: calls.append(1))
     new_ids(reft, tiny.padded(tiny.rows(5)))
     assert len(calls) == tiny.LAYERS, "one edit a layer, in the pass over the prompt"
-
-
-def test_a_change_of_parameters_after_a_generation_is_seen():
-    reft, batch = attached(), tiny.padded(tiny.rows(5, 3), "left")
-    first = new_ids(reft, batch)
-    other = attached()
-    shaken(reft.interventions, seed=8)
-    other.load_adapter_state_dict(reft.adapter_state_dict())
-    assert torch.equal(reft(**batch).logits, other(**batch).logits)
-    assert torch.equal(new_ids(reft, batch), new_ids(other, batch))
-    assert not torch.equal(new_ids(reft, batch), first)
 
 
 def test_without_an_attention_mask_padding_is_the_pad_token():
@@ -179,7 +132,7 @@ def test_rows_that_end_early_do_not_disturb_the_others():
     assert torch.equal(ended[1, :length], free[1, :length])
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("positions", ["f2+l2", "all", "decode:2", "f1+l1+decode:2"])
 def test_the_beginning_of_an_answer_is_edited_as_if_it_had_been_generated(positions):
     reft = attached(positions=positions)
     batch = tiny.padded(tiny.rows(5, 3), "left")
@@ -194,22 +147,3 @@ def test_the_beginning_of_an_answer_is_edited_as_if_it_had_been_generated(positi
     for value in moved.values():
         value[1] = value[1].roll(-2)  # the padding of the shorter row to its right
     assert torch.equal(reft.generate(**moved, **(GREEDY | {"max_new_tokens": 3}))[:, -3:], whole[:, -3:])
-
-
-def test_a_prompt_mask_of_another_shape_is_refused():
-    batch = tiny.padded(tiny.rows(5, 3), "left")
-    with pytest.raises(ValueError, match="prompt_mask must have the shape"):
-        attached().generate(**batch, prompt_mask=batch["attention_mask"][:, :1].bool(), **GREEDY)
-
-
-def test_a_cache_of_ones_own_needs_the_prompt_mask():
-    reft = attached()
-    ids = torch.tensor([[5, 6, 7, 8, 9]])
-    with torch.no_grad():
-        first = reft(input_ids=ids[:, :4], use_cache=True)
-        with pytest.raises(ValueError, match="pass prompt_mask"):
-            reft(input_ids=ids[:, 4:], past_key_values=first.past_key_values)
-        prompt = torch.tensor([[True] * 4 + [False]])
-        step = reft(input_ids=ids[:, 4:], past_key_values=first.past_key_values, prompt_mask=prompt)
-        whole = reft(input_ids=ids, prompt_mask=prompt)
-    torch.testing.assert_close(step.logits[:, -1], whole.logits[:, -1], atol=1e-6, rtol=1e-5)

@@ -92,9 +92,8 @@ def test_every_head_has_its_own_intervention(tied):
     for column, slot in zip((0, 3, 4), slots, strict=True):
         for k, head in enumerate((0, 3)):
             phi = reft.interventions["0"][2 * slot + k]
-            torch.testing.assert_close(
-                edited[column, head], phi(plain[column, head][None])[0], atol=1e-5, rtol=1e-5
-            )
+            expected = phi(plain[column, head][None])[0]
+            torch.testing.assert_close(edited[column, head], expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(edited[:, 1:3], plain[:, 1:3])
     assert torch.equal(edited[1:3], plain[1:3])
 
@@ -105,9 +104,8 @@ def test_heads_and_the_whole_are_edited_one_after_the_other():
     reft.add_adapter("everything", "red", component="model.layers.{layer}.self_attn.o_proj.input", layers=[0],
                      positions="all")  # fmt: skip
     shaken(reft.adapters["everything"], seed=7)
-    plain = rl.attach(
-        copy.deepcopy(model), "bias", layers=[0], component="head_output", positions="all"
-    ).eval()
+    plain = attached(copy.deepcopy(model), layers=[0])
+    plain.scale = 0.0
     before = mixed(plain, 0, batch)
     bias, red = reft.interventions["0"][0].bias, reft.adapters["everything"].interventions["0"][0]
     first = before.clone()
@@ -122,13 +120,8 @@ def test_heads_and_the_whole_are_edited_one_after_the_other():
 
 
 def test_generation_padding_files_and_rows_of_other_adapters(tmp_path):
-    reft = attached(
-        grouped(),
-        "loreft",
-        rank=2,
-        positions="prompt+decode:2",
-        layers={1: {"component": "head_output:2"}, 2: {}},
-    )
+    layers = {1: {"component": "head_output:2"}, 2: {}}
+    reft = attached(grouped(), "loreft", rank=2, positions="prompt+decode:2", layers=layers)
     left, settings = tiny.padded(tiny.rows(5, 3), "left"), {"max_new_tokens": 5, "do_sample": False}
     cached = reft.generate(**left, **settings)
     assert torch.equal(cached, reft.generate(**left, **settings, use_cache=False))
@@ -166,10 +159,11 @@ def test_what_heads_do_can_be_watched():
     assert seen == [[0, 1, 0, 1]] * 4  # l2 and l1 of two rows, for each head
 
 
-@pytest.mark.parametrize("heads", ["4", "0+0", "x", "-1", "", "0,1"])
-def test_heads_that_are_not_there_are_refused(heads):
-    with pytest.raises(ValueError, match=r"must name distinct heads in 0\.\.3, as in head_output:0\+3"):
-        attached(grouped(), component=f"head_output:{heads}")
+def test_heads_that_are_not_there_are_refused():
+    model = grouped()
+    for heads in ("4", "0+0", "x", "-1", "", "0,1"):
+        with pytest.raises(ValueError, match=r"must name distinct heads in 0\.\.3, as in head_output:0\+3"):
+            attached(model, component=f"head_output:{heads}")
 
 
 def test_a_model_whose_heads_are_not_known_is_refused():

@@ -11,8 +11,7 @@ NORMS = {
     "llama": "model.norm",
     "gpt2": "transformer.ln_f",
     "gptj": "transformer.ln_f",
-    "falcon": "transformer.ln_f",
-}
+}  # gptj's head has a bias
 
 
 @pytest.mark.parametrize("family", NORMS)
@@ -27,25 +26,21 @@ def test_a_direction_gets_the_logits_of_final_norm_and_head(family):
     torch.testing.assert_close(logits_of(model, 7 * directions), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", tiny.DECODERS)
-def test_every_decoder_has_a_lens_and_keeps_no_hook(family):
-    model = tiny.model(family)
-    before = model(input_ids=torch.arange(3, 8).unsqueeze(0)).logits
-    assert logits_of(model, torch.eye(tiny.WIDTH)[:3]).shape == (3, tiny.VOCABULARY)
-    assert torch.equal(model(input_ids=torch.arange(3, 8).unsqueeze(0)).logits, before)
-
-
 def site(model, component):
     return find_sites(model, {1: component})[1]
 
 
 @pytest.mark.parametrize("family", tiny.DECODERS)
-def test_what_blocks_read_and_return_is_in_the_stream_and_what_they_add_unless_a_norm_comes_before(family):
-    model = tiny.model(family)
+def test_every_decoder_has_a_lens_for_what_is_in_its_stream_and_keeps_no_hook(family):
+    """What blocks read and return is there, and what they add unless a norm comes before."""
+    model, ids = tiny.model(family), torch.arange(3, 8).unsqueeze(0)
+    before = model(input_ids=ids).logits
+    assert logits_of(model, torch.eye(tiny.WIDTH)[:3]).shape == (3, tiny.VOCABULARY)
     assert in_stream(model, site(model, "block_output"))
     assert in_stream(model, site(model, "block_input"))
     for component in ("attention_output", "mlp_output"):
         assert in_stream(model, site(model, component)) == (family != "gemma3")
+    assert torch.equal(model(input_ids=ids).logits, before)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What interventions do: seen while the model runs, by layer and position, and left out."""
+"""Edits are measured by layer and position while the model runs, and can be left out."""
 
 import pytest
 import tiny
@@ -24,9 +24,8 @@ def attached(method="loreft", family="llama", **settings):
     torch.manual_seed(0)
     defaults = {"positions": "f2+l2", "layers": [0, 2], "rank": 3}
     reft = rl.attach(tiny.model(family), method, **(defaults | settings)).eval()
-    for group in reft.interventions.values():
-        for phi in group:
-            shaken(phi)
+    for phi in (phi for group in reft.interventions.values() for phi in group):
+        shaken(phi)
     return reft
 
 
@@ -131,10 +130,7 @@ def test_without_some_positions_the_others_are_edited_as_before():
 
 def test_what_is_not_edited_cannot_be_left_out():
     for given in ({"layers": [1]}, {"places": ["f3"]}):
-        with (
-            pytest.raises(ValueError, match="is not edited; these are"),
-            leaving_out(attached(), **given),
-        ):
+        with pytest.raises(ValueError, match="is not edited; these are"), leaving_out(attached(), **given):
             pass
 
 

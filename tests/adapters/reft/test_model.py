@@ -4,7 +4,7 @@ import gc
 import pytest
 import tiny
 import torch
-from model_laws import DecoderLaws, EncoderLaws
+from model_laws import DecoderLaws, EncoderLaws, ReftModelLaws
 from transformers import AutoModelForCausalLM
 
 from reft_lightning.base_models.loading import load_base_model
@@ -13,7 +13,7 @@ from reft_lightning.runs.build import model_source
 from reft_lightning.storage.wheels import cache_folder
 
 
-class TestLlama(DecoderLaws):
+class TestLlama(DecoderLaws, ReftModelLaws):
     family = "llama"
 
 
@@ -50,7 +50,7 @@ class TestFalcon(DecoderLaws):
     family = "falcon"
 
 
-class TestBERT(EncoderLaws):
+class TestBERT(EncoderLaws, ReftModelLaws):
     family = "bert"
 
 
@@ -75,7 +75,7 @@ def stories260k(folder):
 
 @pytest.mark.slow
 @pytest.mark.wheel
-class TestSmolLM2(DecoderLaws):
+class TestSmolLM2(DecoderLaws, ReftModelLaws):
     @pytest.fixture(autouse=True)
     def _memory(self):
         """Free the models of a test, of a gigabyte each: hooks tie them in circles, which collectors find late."""

@@ -1,13 +1,12 @@
-"""Several adapters on one base model: in a row, as a sum, another one for each row of a batch; partitions of one."""
+"""Several adapters on one base model: stacked, summed, or one for each row of a batch; partitions of an adapter."""
 
 import copy
-import itertools
 import json
-import pickle
 
 import pytest
 import tiny
 import torch
+from adapted_models import state_of
 from laws import shaken
 from torch import nn
 
@@ -40,13 +39,8 @@ def alone(name, family="llama", dtype=torch.float64):
     reft = several(family, dtype)
     method, settings = OTHERS.get(name, ("loreft", {"rank": 4, "positions": "f2+l1"}))
     other = rl.attach(tiny.model(family, dtype), method, heads=False, **settings).to(dtype).eval()
-    other.load_adapter_state_dict(
-        {
-            key: tensor
-            for key, tensor in reft.adapters[name].state_dict().items()
-            if key in other.adapter_state_dict()
-        }
-    )
+    own = other.adapter_state_dict().keys()
+    other.load_adapter_state_dict({k: t for k, t in reft.adapters[name].state_dict().items() if k in own})
     return other
 
 
@@ -65,27 +59,13 @@ def row(i, batch=PROMPTS):
 @pytest.mark.parametrize("name", ["default", *OTHERS])
 def test_the_active_adapter_edits_as_it_does_alone(name):
     reft = several(dtype=torch.float32)
-    reft.set_adapter(name)
+    assert reft.adapter_names == ["default", *OTHERS]
+    if name != "default":  # which edits until another one is set
+        reft.set_adapter(name)
+    assert reft.active_adapters == [name]
     expected = alone(name, dtype=torch.float32)
     assert torch.equal(logits(reft), logits(expected))
     assert torch.equal(reft.generate(**PROMPTS, **GREEDY), expected.generate(**PROMPTS, **GREEDY))
-
-
-def test_an_added_adapter_edits_only_once_it_is_set():
-    reft = several()
-    assert reft.adapter_names == ["default", "style", "bias", "late"]
-    assert reft.active_adapters == ["default"]
-    assert torch.equal(logits(reft), logits(alone("default")))
-
-
-def test_none_is_the_base_model():
-    reft = several(dtype=torch.float32)
-    with reft.disabled():
-        base = logits(reft)
-    reft.set_adapter(None)
-    assert reft.active_adapters == []
-    assert torch.equal(logits(reft), base)
-    assert not torch.equal(logits(several(dtype=torch.float32)), base)
 
 
 def test_a_stack_edits_what_the_adapter_before_left():
@@ -187,7 +167,7 @@ def test_a_base_model_is_free_again_whichever_adapter_was_deleted(copied):
 # --- one adapter a row -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gptj"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_every_row_has_its_own_adapter_in_forward(family):
     reft = several(family)
     for names in (["default", "style", "bias", "late"], ["late", None, "late", "__base__"]):
@@ -202,7 +182,11 @@ def test_rows_without_an_adapter_are_the_base_model_to_the_bit():
     reft = several(dtype=torch.float32)
     with reft.disabled():
         base = logits(reft)
+    assert not torch.equal(logits(reft), base)
     assert torch.equal(logits(reft, adapter_names=[None] * 4), base)
+    reft.set_adapter(None)
+    assert reft.active_adapters == []
+    assert torch.equal(logits(reft), base)
     assert torch.equal(logits(reft, adapter_names=[None, "style", None, None])[[0, 2, 3]], base[[0, 2, 3]])
 
 
@@ -214,18 +198,12 @@ def test_a_row_may_give_the_strength_of_its_adapter():
         torch.testing.assert_close(mixed[i], logits(reft)[i], **CLOSE)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
 @pytest.mark.parametrize(
-    "how",
-    [
-        {},
-        {"num_beams": 3},
-        {"num_beams": 2, "num_return_sequences": 2},
-        {"use_cache": False},
-        {"cache_implementation": "static"},
-    ],
+    ("family", "how"),
+    [("llama", {}), ("llama", {"num_beams": 2, "num_return_sequences": 2}), ("llama", {"use_cache": False}),
+     ("llama", {"cache_implementation": "static"}), ("gpt2", {"num_beams": 3}), ("mistral", {})],
     ids=str,
-)
+)  # fmt: skip
 def test_every_row_generates_with_its_own_adapter(family, how):
     reft, names = several(family), ["late", "default", None, "style"]
     mixed = reft.generate(**PROMPTS, **GREEDY, **how, adapter_names=names)
@@ -313,11 +291,11 @@ def test_a_misspelt_name_is_an_error_and_never_the_base_model(use):
     assert torch.equal(logits(reft), before)
 
 
-@pytest.mark.parametrize("name", ["default", "style", "peft", "__base__", "a.b", "", "keys", "active", "a/b"])
-def test_a_name_that_is_taken_or_impossible_is_refused(name):
+def test_a_name_that_is_taken_or_impossible_is_refused():
     reft = several()
-    with pytest.raises(ValueError, match=r"is taken|cannot be named"):
-        reft.add_adapter(name, rank=1)
+    for name in ("default", "style", "peft", "__base__", "a.b", "", "keys", "active", "a/b"):
+        with pytest.raises(ValueError, match=r"is taken|cannot be named"):
+            reft.add_adapter(name, rank=1)
     assert reft.adapter_names == ["default", *OTHERS]
 
 
@@ -328,15 +306,13 @@ def test_names_must_be_one_for_each_row():
             logits(reft, adapter_names=names)
 
 
-@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1", True, None])
-def test_a_weight_is_a_finite_number(weight):
-    with pytest.raises(ValueError, match="weight of the adapter 'style' must be a finite number"):
-        several().set_adapter({"style": weight})
-
-
-def test_an_adapter_edits_once():
+def test_a_weight_is_a_finite_number_and_an_adapter_edits_once():
+    reft = several()
+    for weight in (float("nan"), float("inf"), "1", True, None):
+        with pytest.raises(ValueError, match="weight of the adapter 'style' must be a finite number"):
+            reft.set_adapter({"style": weight})
     with pytest.raises(ValueError, match="each adapter can be named only once"):
-        several().set_adapter(["style", "style"])
+        reft.set_adapter(["style", "style"])
 
 
 def test_the_only_adapter_stays():
@@ -348,8 +324,7 @@ def test_the_only_adapter_stays():
 
 def test_a_failed_addition_changes_nothing():
     reft = several()
-    before, names = logits(reft), reft.adapter_names
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in reft.base_model.modules()]
+    before, names, base = logits(reft), reft.adapter_names, state_of(reft.base_model)
     for settings in (
         {"rank": 99},
         {"layers": [7]},
@@ -360,7 +335,7 @@ def test_a_failed_addition_changes_nothing():
         with pytest.raises(ValueError, match=r"rank|layer|component|positions|setting"):
             reft.add_adapter("new", **{"rank": 2, **settings})
     assert reft.adapter_names == names
-    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in reft.base_model.modules()] == hooks
+    assert state_of(reft.base_model) == base
     assert torch.equal(logits(reft), before)
 
 
@@ -423,11 +398,11 @@ def test_only_sums_of_directions_can_be_divided():
     assert reft.adapters["default"].partitions == {}
 
 
-@pytest.mark.parametrize("rows", [[], [0, 0], [4], [-1]], ids=str)
-def test_a_partition_has_rows_of_the_subspace(rows):
+def test_a_partition_has_rows_of_the_subspace():
     reft = rl.attach(tiny.model("llama"), rank=4)
-    with pytest.raises(ValueError, match=r"must be distinct and in 0\.\.3, as the rank is 4"):
-        reft.add_partition("part", rows)
+    for rows in ([], [0, 0], [4], [-1]):
+        with pytest.raises(ValueError, match=r"must be distinct and in 0\.\.3, as the rank is 4"):
+            reft.add_partition("part", rows)
     assert reft.adapter_names == ["default"]
 
 
@@ -473,21 +448,15 @@ def test_parts_count_once_and_are_saved_with_what_they_are_part_of(tmp_path):
     assert reft.parameter_count() == rl.count_parameters(reft.base_model.config, rank=4, positions="l2")
     assert len(list(reft.adapters.parameters())) == len(reft.parameter_roles()["rotation"]) * 3
     reft.save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "README.md",
-        "reft.safetensors",
-        "reft_config.json",
-    ]
-    again = (
-        rl.ReftModel.from_pretrained(tiny.model("llama", torch.float64), tmp_path).to(torch.float64).eval()
-    )
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["README.md", "reft.safetensors", "reft_config.json"]
+    again = rl.ReftModel.from_pretrained(tiny.model("llama", torch.float64), tmp_path).double()
     assert again.adapter_names == ["default", "left", "right"]
     for name in again.adapter_names:
         reft.set_adapter(name)
         again.set_adapter(name)
-        torch.testing.assert_close(
-            logits(again), logits(reft), atol=1e-5, rtol=1e-5
-        )  # saved as float64, loaded as float32
+        # saved as float64, loaded as float32
+        torch.testing.assert_close(logits(again), logits(reft), atol=1e-5, rtol=1e-5)
 
 
 def test_an_adapter_outlives_its_parts_only_in_this_order():
@@ -575,13 +544,10 @@ def test_a_damaged_file_leaves_the_model_as_it_was(tmp_path):
     assert torch.equal(logits(reft), before)
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda reft: pickle.loads(pickle.dumps(reft))], ids=["copy", "pickle"]
-)
-def test_copies_have_all_adapters_and_edit_with_their_own(copied):
+def test_copies_have_all_adapters_and_edit_with_their_own():
     reft = halves()
     reft.add_adapter("other", "direft", rank=2, positions="all")
-    other = copied(reft.double())
+    other = copy.deepcopy(reft.double())
     with torch.no_grad():
         for parameter in reft.adapters.parameters():
             parameter.mul_(3)
@@ -593,11 +559,8 @@ def test_copies_have_all_adapters_and_edit_with_their_own(copied):
     assert part.phi is whole
 
 
-def test_train_and_eval_reach_every_adapter():
+def test_an_added_adapter_has_the_mode_of_the_model():
     reft = several()
-    reft.train()
-    assert all(adapter.training for adapter in reft.adapters.values())
-    reft.eval()
     reft.add_adapter("new", rank=1, dropout=0.5)
     assert not reft.adapters["new"].training
 
@@ -654,16 +617,6 @@ def test_a_swap_of_numbers_keeps_the_compiled_graph(tmp_path):
     torch.compiler.reset()
 
 
-def test_every_pair_of_adapters_works_as_a_stack_and_as_a_sum():
-    reft = several()
-    for pair in itertools.permutations(reft.adapter_names, 2):
-        reft.set_adapter(list(pair))
-        stacked = logits(reft)
-        reft.set_adapter(dict.fromkeys(pair, 1.0))
-        assert stacked.isfinite().all()
-        assert logits(reft).isfinite().all()
-
-
 @pytest.mark.parametrize(
     ("values", "said"),
     [
@@ -686,7 +639,7 @@ def test_a_damaged_configuration_is_refused_with_its_folder(tmp_path, values, sa
     assert str(tmp_path) in str(refused.value)
 
 
-def test_an_adapter_that_cannot_be_nulled_is_in_nobodys_way_while_it_rests():
+def test_an_inactive_adapter_that_cannot_be_nulled_does_not_prevent_nulling():
     reft = rl.attach(tiny.model("llama"), "bias")
     reft.add_adapter("red", "red")
     with reft.nulled():

@@ -5,14 +5,13 @@ The numbers of pyreft come from ``golden/make_pyreft_switches.py`` and ``make_py
 
 import copy
 import json
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from golden_llama import GOLDEN, base_model
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import reft_lightning as rl
 from reft_lightning.adapters.reft.config import CONFIG_FILE
@@ -20,7 +19,6 @@ from reft_lightning.adapters.reft.positions import parse_positions
 from reft_lightning.adapters.saving import load_state
 from reft_lightning.interventions import intervention_class
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 FACTS = json.loads((GOLDEN / "pyreft.json").read_text())
 SWITCHES = json.loads((GOLDEN / "pyreft_switches.json").read_text())
 TENSORS = load_file(GOLDEN / "pyreft_switches.safetensors")
@@ -33,13 +31,8 @@ PATHS = {
     "b": "source.bias",
     "W2": "projection.weight",
 }
-AS_THE_AUTHORS_CODE = {
-    "tied": "group",
-    "clip": "floor",
-    "weight_dtype": "bfloat16",
-    "dropout": SWITCHES["dropout"],
-    "dropout_on": "output",
-}
+AS_THE_AUTHORS_CODE = {"tied": "group", "clip": "floor", "weight_dtype": "bfloat16", "dropout": SWITCHES["dropout"],
+                       "dropout_on": "output"}  # fmt: skip
 LLAMA = tiny.padded(tiny.rows(5, 3), "left")
 
 
@@ -59,12 +52,6 @@ def test_the_floor_clip_selects_what_pyreft_selects(case):
         theirs = [{slot for slot in row if slot >= 0} for row in rows]
         ours = selected(spec, int(length), "floor")
         assert (ours if tied == "group" and "+" in spec else [set.union(*ours)]) == theirs
-
-
-def test_the_clips_differ_on_short_prompts_alone():
-    for length in range(1, 12):
-        same = selected("f3+l3", length, "paper") == selected("f3+l3", length, "floor")
-        assert same == (length not in (1, 3, 5))
 
 
 def test_a_parsed_specification_takes_the_clip_over():
@@ -132,11 +119,9 @@ def test_bfloat16_weights_train_and_stay_bfloat16(method, dtype):
         optimizer.step()
         optimizer.zero_grad()
     assert dtypes(reft) == before
-    moved = [
-        name for name, tensor in reft.adapter_state_dict().items() if not torch.equal(tensor, states[name])
-    ]
-    assert len(moved) == len(states)
-    assert all(tensor.isfinite().all() for tensor in reft.adapter_state_dict().values())
+    for name, tensor in reft.adapter_state_dict().items():
+        assert not torch.equal(tensor, states[name]), name
+        assert tensor.isfinite().all()
 
 
 def test_large_bfloat16_entries_do_not_move_at_small_rates():  # what the switch costs (D17)
@@ -214,12 +199,10 @@ def fill(phi, place):
 
 
 def switched_on(method, **changes):
-    weights = load_file(GOLDEN / "pyreft.safetensors")
-    base = LlamaForCausalLM(LlamaConfig(**FACTS["base_config"])).eval()
-    weights = {name.removeprefix("base/"): t for name, t in weights.items() if name.startswith("base/")}
-    base.load_state_dict(weights, strict=False)
     settings = {"rank": FACTS["rank"], "layers": FACTS["layers"], "positions": SWITCHES["positions"]}
-    reft = rl.attach(base.bfloat16(), method, **settings, **(AS_THE_AUTHORS_CODE | changes)).train()
+    reft = rl.attach(
+        base_model(torch.bfloat16), method, **settings, **(AS_THE_AUTHORS_CODE | changes)
+    ).train()
     for layer, group in reft.interventions.items():
         for name, phi in zip(("prefix", "suffix"), group, strict=False):
             fill(phi, f"{method}/{layer}/{name}")

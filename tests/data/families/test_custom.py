@@ -10,7 +10,6 @@ import pytest
 
 from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.config import compose
-from reft_lightning.data.columns import Pattern
 from reft_lightning.data.example import placed
 from reft_lightning.data.families.custom import carve, custom_family
 from reft_lightning.data.generation_data import GenerationData
@@ -44,17 +43,14 @@ def talk(*turns):
 
 
 class TestColumns:
-    @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.csv", "rows.parquet"])
-    def test_every_format_gives_the_same_examples(self, name):
+    def test_the_columns_of_a_file_become_examples(self):
         settings = {**EMOJI, "context": "about {topic}"}
-        found = examples(custom_family(path=str(FIXTURES / name), **settings))
+        found = examples(custom_family(path=str(FIXTURES / "rows.csv"), **settings))
         assert [(e.prompt, e.target, e.answer, e.context) for e in found[:2]] == [
             ("Which animal barks at the postman?", "🐶 🔊 📬", "🐶 🔊 📬", "about animals\n"),
             ("What is good on a hot day?", "🍦 🧊 😋", "🍦 🧊 😋", "about food\n"),
         ]
         assert len(found) == 10
-        reference = examples(custom_family(path=str(FIXTURES / "rows.json"), **settings))
-        assert [(e.prompt, e.target) for e in found] == [(e.prompt, e.target) for e in reference]
 
     def test_a_text_with_braces_joins_columns(self):
         row = {"a": 2, "b": 3, "why": "two and three", "sum": 5}
@@ -336,10 +332,6 @@ class TestMistakes:
 
 
 class TestPlaces:
-    def test_a_file_alone_has_no_test_rows(self):
-        task = custom_family(path=str(FIXTURES / "rows.csv"), **EMOJI).task("custom")
-        assert set(task.local) == {"train"}
-
     def test_a_file_of_test_rows_may_stand_beside(self):
         family = custom_family(path=str(FIXTURES / "rows.csv"), test_path=str(FIXTURES / "rows.tsv"), **EMOJI)
         assert len(examples(family, "test")) == 10
@@ -449,26 +441,14 @@ class TestDataModule:
         source = DataSource("local", str(FIXTURES / "rows.csv"))
         return GenerationData(family, byte_tokenizer(), source, tasks=["custom"], **arguments)
 
-    def test_ten_rows_are_enough(self):
-        data = self.make()
-        data.setup("fit")
-        assert data.val_tasks == ("custom",)
-        assert data.data_versions["split"]["train_rows"] == 9
-        assert data.data_versions["split"]["validation_rows"] == 1
-        batch = next(iter(data.train_dataloader()))
-        assert batch["input_ids"].shape[0] == 4
-
-    def test_a_number_of_validation_rows_is_obeyed(self):
-        data = self.make(validation_size=4)
-        data.setup("fit")
-        assert data.data_versions["split"]["validation_rows"] == 4
-
-    @pytest.mark.parametrize(("size", "rows"), [(0.3, 3), (0.19, 1)])
-    def test_a_part_of_the_rows_may_validate(self, size, rows):
+    @pytest.mark.parametrize(("size", "rows"), [(-1, 1), (4, 4), (0.3, 3), (0.19, 1)])
+    def test_a_tenth_a_number_or_a_part_of_the_rows_validates(self, size, rows):
         data = self.make(validation_size=size)
         data.setup("fit")
+        assert (data.val_tasks, data.test_tasks) == (("custom",), ())
         split = data.data_versions["split"]
         assert (split["train_rows"], split["validation_rows"]) == (10 - rows, rows)
+        assert next(iter(data.train_dataloader()))["input_ids"].shape[0] == 4
 
     @pytest.mark.parametrize("size", ["a", True, 1.0, 1.5, -0.5, 0.0, None, float("nan")])
     def test_a_validation_size_that_is_neither_a_number_nor_a_part_is_refused(self, size):
@@ -560,9 +540,6 @@ class TestDataModule:
         assert data.data_versions["validation"]["custom"]["overlap"] == 10
         assert "10 of 10 custom validation rows occur in the train rows" in caplog.text
 
-    def test_without_test_rows_there_is_no_test_task(self):
-        assert self.make().test_tasks == ()
-
     def test_a_tenth_is_at_most_a_hundred_rows(self):
         from reft_lightning.data.example import Example
 
@@ -624,9 +601,3 @@ def test_a_run_on_ten_rows_reports_what_it_held_out(tmp_path):
     assert 0 <= results["metrics"]["val/custom/option_accuracy"] <= 1
     assert not any(name.startswith("test/") for name in results["metrics"])
     assert results["test_reads"] == []
-
-
-def test_a_pattern_keeps_its_literals():
-    pattern = Pattern.parse("{a}-{b}!", "data.prompt")
-    assert pattern.names == ("a", "b")
-    assert pattern.fill({"a": "x", "b": "y"}) == "x-y!"

@@ -9,7 +9,7 @@ import pytest
 
 from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.data import FAMILIES
-from reft_lightning.data.encoding import encode, encode_all
+from reft_lightning.data.encoding import encode_all
 from reft_lightning.data.example import placed
 from reft_lightning.data.families.instruction import FAMILY, NO_ANSWER, TASKS, example_of
 from reft_lightning.data.family import Family
@@ -104,19 +104,6 @@ class TestSchemas:
         first, second = {"input": "a", "output": "b"}, {"input": "c", "output": "d"}
         found = example_of("t", {"instruction": "Do.", "instances": [first, second]})
         assert (found.context, found.target) == ("a", "b")
-
-    def test_a_missing_column_names_row_and_columns(self):
-        with pytest.raises(ValueError, match=r"no column 'output'; did you mean 'outputs'"):
-            example_of("t", {"instruction": "Do.", "outputs": "x"})
-
-    def test_an_empty_target_names_its_row_when_it_is_encoded(self):
-        found = placed(
-            partial(example_of, "t"),
-            {"instruction": "Do.", "input": "", "output": " "},
-            "alpaca/train.json, row 5",
-        )
-        with pytest.raises(ValueError, match=r"alpaca/train.json, row 5: the target is empty"):
-            encode(byte_tokenizer(), found, 512)
 
 
 class TestEmptyAnswers:

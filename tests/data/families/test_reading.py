@@ -43,7 +43,7 @@ class TestTasks:
     def found(self, task):
         return examples(task, "test")
 
-    def test_a_long_passage_loses_its_beginning_and_keeps_the_question(self, task, found):
+    def test_a_long_passage_loses_its_beginning_and_keeps_the_question(self, found):
         tokenizer = byte_tokenizer()
         for example in found:
             question = example.prompt.partition("\n\n")[2]
@@ -75,12 +75,6 @@ class TestChoices:
         )
         assert (example.target, example.answer, example.source) == (TRIGGER + "answer2", "answer2", "here")
         assert example.options == tuple(f"{TRIGGER}answer{i}" for i in range(1, 5))
-
-    @pytest.mark.parametrize("task", CHOICES)
-    def test_options_are_distinct_and_the_target_is_one_of_them(self, task):
-        for example in examples(task, "train"):
-            assert example.options.count(example.target) == 1
-            assert len({reading.FAMILY.score([o], example).answer for o in example.options}) == 4
 
     def test_a_wrong_or_missing_answer_scores_0(self):
         example = examples("quail", "test")[0]
