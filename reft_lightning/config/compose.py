@@ -238,8 +238,8 @@ def flags_first(argv: Sequence[str]) -> list[str]:
 def preflight(argv: Sequence[str]) -> Asked:
     """Compose the runs that the command line asks for; exit with status 2 and a message if one fails.
 
-    In a sweep, the choices of model, intervention and data are checked in all combinations; every other choice is
-    checked with the first of these.
+    In a sweep, the choices of experiment, model, intervention and data are checked in all combinations; every other
+    choice is checked with the first of these.
     """
     try:
         return _asked(flags_of(argv))

@@ -71,7 +71,7 @@ class ModelConfig:
     revision: Optional[str] = None  # commit, branch or tag on the hub
     # None: the model's own; "bytes": the built-in byte tokenizer of random models
     tokenizer: Optional[str] = named_file(None)
-    # dtype of the base; interventions stay float32. On a CPU bfloat16 takes 0.4 to 1.9 times as long as float32
+    # dtype of the base; interventions stay float32. On CPUs bfloat16 takes 0.4 to 1.9 times as long as float32
     dtype: str = "float32"
     base_dropout: bool = False  # train() on the base while training, as the authors' code did
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, more time

@@ -74,7 +74,7 @@ def unmarked(example: Example, marks: Marks, needed: bool) -> Example:
         raise ValueError(f"{where}: {before!r} without {after!r} after it")
     if needed and not spans:
         raise ValueError(
-            f"{where}: the prompt has no words between {before!r} and {after!r} for the positions given to edit"
+            f"{where}: the prompt has no words between {before!r} and {after!r} for the positions `given` to edit"
         )
     recorded = {**example.recorded, "marked_prompt": example.prompt} if spans else example.recorded
     return replace(example, prompt=text, marked=tuple(spans) if needed else (), recorded=recorded)

@@ -140,9 +140,8 @@ def _units(path: Path, saved: dict[str, Tensor], used: list[int]) -> tuple[list[
             prefix = "projection.parametrizations.weight"
             # (r, d), (d, d)
             original, base = take(path, own, {f"{prefix}.original": 2, f"{prefix}.0.base": 2}, what)
-            state[f"{place}.basis"] = (
-                orthogonal_map(original.mT, base).mT / 2
-            )  # the initial length of rows here
+            # 1/2 is the initial length of rows here
+            state[f"{place}.basis"] = orthogonal_map(original.mT, base).mT / 2
     return layers, state
 
 

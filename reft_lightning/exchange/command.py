@@ -19,7 +19,7 @@ from transformers import (
 from ..adapters.reft.base_of import load_base_of, naming_base
 from ..adapters.reft.config import CONFIG_FILE, ReftConfig, check_architecture
 from ..adapters.reft.model import ReftModel
-from ..adapters.saving import adapter_of, load_adapter, load_saved
+from ..adapters.saving import adapter_of, load_adapter, load_saved, warn_of_half
 from ..base_models.decoders import is_decoder
 from ..storage.reading import naming, read_json
 from . import adapterhub, control_vector, easysteer, pyreft
@@ -71,7 +71,7 @@ def main(
     for name, value in given.items():
         if value is not None and name not in takes:
             raise ValueError(
-                f"{name}={value} means nothing to {folder}, an adapter of {library}: leave it out"
+                f"{name}={value} does not apply to {folder}, an adapter of {library}: leave it out"
             )
     if library == "pyreft" and positions is None and pyreft.OURS not in read_json(folder / pyreft.CONFIG):
         raise ValueError(
@@ -119,8 +119,11 @@ def _without_weights(config: ReftConfig, folder: Path, state: dict[str, Tensor])
     with naming(folder):
         check_architecture(base_model, config.architecture)
         reft = ReftModel(base_model, config)
+    warn_of_half(folder, None)
     reft.interventions.to_empty(device="cpu")
     load_saved(reft, folder, state)
+    for name, rows in config.partitions.items():
+        reft.add_partition(name, rows)
     return reft.eval()
 
 

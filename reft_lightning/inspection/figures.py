@@ -14,11 +14,8 @@ from .findings import main_score
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREY = (
-    "#0072B2",
-    "#D55E00",
-    "#6b7280",
-)  # the first two are safe for colour blindness (Okabe and Ito 2008)
+# the first two are safe for colour blindness (Okabe and Ito 2008)
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6b7280"
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "reft-inspect", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
     "legend.frameon": False, "axes.titlesize": 10,

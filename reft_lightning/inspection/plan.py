@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -214,7 +216,11 @@ def _steps(config: Config, rows: Mapping[str, int]) -> dict[str, int]:
     if counted["max_epochs"] is None:  # Lightning's default in fit
         counted["max_epochs"] = 1000 if counted["max_steps"] == -1 and counted["max_time"] is None else -1
     quiet_lightning()
-    trainer = Trainer(**counted, accelerator="cpu", logger=False)  # knows how these keys combine
+    # knows how these keys combine; the environment keeps it from looking at the tasks of a SLURM job
+    try:
+        trainer = Trainer(**counted, accelerator="cpu", logger=False, plugins=LightningEnvironment())
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer: {error}") from error
     of_each_process = math.ceil(rows["batches"] / _ranks(config))
     steps = optimizer_steps(trainer, of_each_process)
     found = {"epoch_batches": rows["batches"], "epoch_tokens": rows["tokens"]}
@@ -405,7 +411,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
         f"the adapter's file: {size(found['adapter_bytes'])}")  # fmt: skip
     if "epoch_batches" in found:
         steps = f"{found['optimizer_steps']:,}" if "optimizer_steps" in found else "no fixed number of"
-        say(f"{found['epoch_tokens']:,} tokens and {found['epoch_batches']:,} batches per epoch; "
+        say(f"an epoch over all rows has {found['epoch_tokens']:,} tokens and {found['epoch_batches']:,} batches; "
             f"{steps} optimizer steps in total")  # fmt: skip
     if gpu := found.get("gpu"):
         several = f"each of {gpu['count']} " if gpu["count"] > 1 else "one "

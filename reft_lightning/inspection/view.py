@@ -58,7 +58,7 @@ def _scores(found: dict[str, Any], console: Console) -> None:
             for name, value in base.items():
                 of = f"text ({found['text']})" if name == "perplexity" else label
                 rows.append([of, name.replace("_", " "), _number(name, value), _number(name, adapted[name])])
-    title = "Base and adapted: what was learned, what was forgotten"
+    title = "Base and adapted: what was learnt, what was forgotten"
     _table(console, title, ["", "", "base", "adapted"], rows)
 
 

@@ -114,9 +114,8 @@ class AsPretrained(PreTrainedModel):
         settings = kwargs.get("generation_config")
         if getattr(settings, "is_assistant", False):
             ids = kwargs["input_ids"]
-            prompt = vars(settings).setdefault(
-                "prompt_columns", ids.shape[1]
-            )  # settings are new in each generation
+            # settings are new in each generation
+            prompt = vars(settings).setdefault("prompt_columns", ids.shape[1])
             kwargs["prompt_mask"] = (torch.arange(ids.shape[1], device=ids.device) < prompt).expand_as(ids)
             if kwargs.get("attention_mask") is None:  # transformers omits a mask of ones
                 kwargs["attention_mask"] = torch.ones_like(ids)

@@ -212,10 +212,8 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[LeftOut], list[R
                     read for read in _reads(run)
                     if first.setdefault((began, read.time, read.hash, read.task, read.model), folder) == folder
                 ]  # fmt: skip
-                ended = (
-                    str(results.get("finished")),
-                    str(results.get("split")),
-                )  # only evaluations have a split
+                # only evaluations have a split
+                ended = str(results.get("finished")), str(results.get("split"))
                 if (other := first.setdefault((began, *ended), folder)) != folder:
                     problem = f"it contains the same run as {other}: one of them is a copy"
                 problem = _problem(run) or problem

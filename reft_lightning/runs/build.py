@@ -265,9 +265,8 @@ def build(config: Config, prepared: Prepared | None = None, lane: Lane | None = 
             base_model.gradient_checkpointing_enable()
     model = adapt(base_model, **run.attached)
     if run.first_state is not None:
-        state = (
-            model.adapter_state_dict() | run.first_state
-        )  # heads missing from it keep their initial parameters
+        # heads that the saved adapter lacks keep their initial parameters
+        state = model.adapter_state_dict() | run.first_state
         load_saved(model, adapter_of(Path(str(config.intervention.init_from))), state)
     model.config.base_model = config.model.name  # not a local folder, which exists on this machine only
     if config.model.compile:

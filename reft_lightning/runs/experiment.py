@@ -316,9 +316,8 @@ def _stages(config: Config, folder: Path, objects: Objects, trainer: Trainer, re
         objects.model.save_pretrained(folder / "adapter")
     if validates:
         evaluate_split(trainer, objects, "validation", folder, results)
-    if tests and not results.has(
-        "test/"
-    ):  # a run that was killed after its test does not read the rows again
+    # a run that was killed after its test does not read the rows again
+    if tests and not results.has("test/"):
         evaluate_split(trainer, objects, "test", folder, results)
     results.update(peak_memory_bytes=peak_memory_bytes(), peak_reserved_bytes=peak_reserved_bytes())
 

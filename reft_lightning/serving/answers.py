@@ -57,9 +57,7 @@ class Answer:
     stop: Sequence[str] = ()  # the answer ends before any of these
     follows: bool = True  # whether its text continues the prompt's; false for an encoder-decoder
     top: int | None = None  # number of most likely tokens to report; None reports no log-probabilities
-    seen: Any = (
-        None  # the prompt with its pictures, an :class:`EncodedImage`, for a model that reads pictures
-    )
+    seen: Any = None  # the prompt with its pictures (:class:`EncodedImage`), for a model that reads pictures
     tokens: list[int] = field(default_factory=list)
     done: bool = False
     cancelled: bool = False
@@ -71,10 +69,8 @@ class Answer:
         # (ids, text) before the tokens to decode, from a character boundary: the end of the prompt or of settled text
         self._before: tuple[list[int], str] | None = None
         self._cleans = False  # whether the tokenizer removes blanks
-        self._settled, self._settled_text = (
-            0,
-            "",
-        )  # number and text of the answer's tokens that are not decoded again
+        # number and text of the answer's tokens that are not decoded again
+        self._settled, self._settled_text = 0, ""
 
     def choose(self, logits: Tensor) -> int:  # (v,)
         """Return the next token."""

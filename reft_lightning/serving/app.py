@@ -65,9 +65,8 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
         yield
         await asyncio.to_thread(engine.close)
 
-    reading = (
-        asyncio.Lock()
-    )  # one at a time, as some tokenizers, such as NLLB's, change their settings for each text
+    # one at a time, as some tokenizers, such as NLLB's, change their settings for each text
+    reading = asyncio.Lock()
     app = FastAPI(title="reft-serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.middleware("http")

@@ -27,9 +27,8 @@ def read_predictions(path: Path) -> dict[Key, Mapping[str, Any]]:
     """Return the rows of a file by key, in its order; empty if there is no file."""
     if not path.is_file():
         return {}
-    with path.open(
-        encoding="utf-8"
-    ) as file:  # only \n ends a line; texts contain other line ends, such as U+2028
+    # only \n ends a line; texts contain other line ends, such as U+2028
+    with path.open(encoding="utf-8") as file:
         return dict(keyed(_row(line, f"{path}, line {number}") for number, line in enumerate(file, 1)))
 
 

@@ -36,8 +36,8 @@ from .scored_rows import ScoredRowsModule
 class GenerationModule(ScoredRowsModule):
     """Train with an objective, score generated texts and rank options by likelihood.
 
-    A family without a scorer (instruction tuning) is validated by its loss, and only the first batch of texts is
-    generated, for people to read; on test rows, all texts are generated.
+    A family without a scorer (instruction tuning) is validated by its loss, and only for the first batch of each
+    validation set are texts generated, for people to read; for test rows, all texts are generated.
 
     Args:
         model: an :class:`~reft_lightning.adapters.adapted.AdaptedModel`.

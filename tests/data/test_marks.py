@@ -61,7 +61,7 @@ class TestUnmarked:
     @pytest.mark.parametrize(
         ("prompt", "words"),
         [
-            ("who is it?", "the prompt has no words between '<<' and '>>' for the positions given to edit"),
+            ("who is it?", "the prompt has no words between '<<' and '>>' for the positions `given` to edit"),
             ("who <<is it?", "'<<' without '>>' after it"),
             ("who is>> it?", "'>>' without '<<' before it"),
             ("<<who <<is>> it?", "'<<' without '>>' before it"),

@@ -115,6 +115,30 @@ def test_a_trained_head_comes_with_the_weights(run, tmp_path, base):
     torch.testing.assert_close(logits(again), logits(reft), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("to", ["pyreft", "easysteer"])
+def test_an_adapter_with_partitions_is_refused(run, tmp_path, to):
+    tiny.model("llama").save_pretrained(tmp_path / "base")
+    reft = rl.attach(tiny.model("llama"), "loreft", rank=2, positions="f1+l1")
+    reft.add_partition("sentiment", [0])
+    reft.config.base_model = str(tmp_path / "base")
+    reft.save_pretrained(tmp_path / "mine")
+    status, error = run("mine", f"to={to}")
+    assert status == 2
+    assert "this model has the adapters default, sentiment" in " ".join(error.split())
+    assert not (tmp_path / f"mine-{to}").exists()
+
+
+def test_a_peft_adapter_that_is_not_converted_is_named(run, tmp_path, caplog):
+    tiny.model("llama").save_pretrained(tmp_path / "base")
+    reft = rl.attach(tiny.model("llama"), "loreft", rank=2, positions="f1+l1")
+    reft.config.base_model = str(tmp_path / "base")
+    reft.save_pretrained(tmp_path / "mine")
+    (tmp_path / "mine" / "peft").mkdir()
+    (tmp_path / "mine" / "peft" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert run("mine", "to=pyreft")[0] == 0
+    assert "peft is not loaded, as reft_config.json does not name" in caplog.text
+
+
 def test_a_run_is_its_adapter(run, saved, tmp_path):
     (tmp_path / "run").mkdir()
     shutil.move(tmp_path / "mine", tmp_path / "run" / "adapter")
@@ -130,7 +154,7 @@ def test_a_run_is_its_adapter(run, saved, tmp_path):
         (["mine"], "to=... is missing: one of reft, pyreft, easysteer, gguf"),
         (["mine", "to=pyrfet"], "got 'pyrfet'; did you mean 'pyreft'?"),
         (["mine", "to=pyreft", "postions=f1"], "did you mean 'positions'?"),
-        (["mine", "to=pyreft", "positions=f1"], "positions=f1 means nothing to mine, an adapter of reft"),
+        (["mine", "to=pyreft", "positions=f1"], "positions=f1 does not apply to mine, an adapter of reft"),
         (["mine", "to=pyreft", "out=base"], "out=base is not empty"),
         (
             ["base", "to=pyreft"],

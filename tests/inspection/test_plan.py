@@ -240,6 +240,18 @@ def test_steps_are_those_that_lightning_takes(data, trainer, steps):
     assert plan(config(data, *trainer)).get("optimizer_steps") == steps
 
 
+@pytest.mark.parametrize("key", ["limit_train_batches", "fast_dev_run", "max_epochs", "max_steps"])
+def test_what_lightning_refuses_is_a_value_error(data, key):
+    with pytest.raises(ValueError, match=f"trainer: .*{key}"):
+        plan(config(data, f"trainer.{key}=-2"))
+
+
+def test_steps_are_counted_inside_a_slurm_job(data, monkeypatch):
+    for name, value in {"JOB_NAME": "train", "JOB_ID": "1", "NTASKS": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert plan(config(data))["optimizer_steps"] == 12
+
+
 def command(monkeypatch, *arguments):
     monkeypatch.setattr("reft_lightning.runs.build.load_base_model", None)
     monkeypatch.setattr(sys, "argv", ["reft-inspect", "plan", *arguments])

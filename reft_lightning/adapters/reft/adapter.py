@@ -115,8 +115,8 @@ def _check_images(model: PreTrainedModel, positions: Positions, site: Site) -> N
         positions.share_of_images  # noqa: B018  raises for positions that are undefined there
     elif positions.needs_images and not image_tokens(model.config):
         raise ValueError(
-            f"positions={positions}: {type(model).__name__} reads no images. prompt:S is a share of the prompt; given "
-            "takes a mask in each call"
+            f"positions={positions}: {type(model).__name__} reads no images. prompt:S is a share of the prompt; "
+            "`given` takes a mask in each call"
         )
 
 
@@ -151,7 +151,8 @@ def _interventions(spec: LayerSpec, positions: Positions, site: Site) -> nn.Modu
     if cls.reads_prompt and after and (all if spec.tied == "all" else any)(after):
         raise ValueError(
             f"{spec.method} takes the strength of its edits from the prompt tokens that it edits, but with "
-            f"positions={positions} and tied={spec.tied} {'there are' if all(after) else 'the one for decode has'} "
-            "none: use positions=all, or prompt+decode with tied=all"
+            f"positions={positions} and tied={spec.tied} "
+            f"{'there are' if all(after) else 'the intervention for decode has'} none: use positions=all, or "
+            "prompt+decode with tied=all"
         )
     return nn.ModuleList(cls(site.dim, **spec.settings) for _ in range(copies * len(site.heads)))

@@ -88,9 +88,7 @@ class ReftConfig:
     clip: str = "paper"
     scale: float = 1.0
     architecture: dict[str, Any] = field(default_factory=dict)  # the base model's; see architecture_of
-    partitions: dict[str, list[int]] = field(
-        default_factory=dict
-    )  # name -> rows; see ReftModel.add_partition
+    partitions: dict[str, list[int]] = field(default_factory=dict)  # name -> rows; see add_partition
     beside: str | None = None  # the peft method it was trained together with; see JointModel
 
     def __post_init__(self) -> None:

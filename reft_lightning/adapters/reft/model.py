@@ -507,9 +507,8 @@ class ReftModel(nn.Module):
         spans = spans_of(arguments["attention_mask"], None, arguments.pop("prompt_mask", None))
         masks = arguments.pop("edit_mask", None), arguments.pop("image_mask", None)
         past = None if self._reads_two else kwargs.get("past_key_values")
-        read = (
-            0 if past is None else past.get_seq_length()
-        )  # as in Hugging Face, which cuts off the columns read
+        # as in Hugging Face, which cuts off the columns read
+        read = 0 if past is None else past.get_seq_length()
         if self._enabled:
             check_one_text(arguments["attention_mask"], len(spans.prompt), arguments)
         chosen = self.adapters.chosen_by(adapter_names, len(spans.prompt))
@@ -648,9 +647,8 @@ class ReftModel(nn.Module):
         if torch.compiler.is_compiling():  # the graph contains the recomputation
             return checkpoint(function, *args, **kwargs)
         call = call_of(self)
-        again = (
-            call and call.again()
-        )  # with the plan of this pass, and the values kept from its prompts so far
+        # with the plan of this pass, and the values kept from its prompts so far
+        again = call and call.again()
 
         def planned(*inputs: Any, **options: Any) -> Any:
             if call_of(self) is call:  # the forward pass

@@ -217,9 +217,8 @@ def _judge_pairs(pairs: Sequence[Pair], judge: EndpointJudge, journal: Path) -> 
                     f"{error}\n{done} of {len(pairs)} judgements are kept in {journal}; the same command resumes there"
                 ) from error
             annotations.append(_annotation(pair, share, judge.name) | {"key": key})
-            file.write(
-                json_text(annotations[-1]) + "\n"
-            )  # ASCII: an unpaired surrogate has no UTF-8 encoding
+            # ASCII, as an unpaired surrogate has no UTF-8 encoding
+            file.write(json_text(annotations[-1]) + "\n")
             file.flush()
             os.fsync(file.fileno())  # a judgement may have cost money
     return annotations

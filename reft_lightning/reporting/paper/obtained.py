@@ -105,7 +105,7 @@ def _data_notes(versions: Mapping[str, Any]) -> list[str]:
 
 
 def _win_rate(folder: Path, notes: list[str]) -> float | None:
-    """Return the win rate that ``reft-judge`` wrote, if judge, reference and number of pairs are the paper's.
+    """Return the win rate in percent from ``reft-judge``, if judge, reference and number of pairs are the paper's.
 
     If there are several files, the last by name counts, and a note says so.
     """
