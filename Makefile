@@ -43,7 +43,7 @@ quickstart: $(STAMP)  ## train LoReFT on a 135M model, evaluate it, and show wha
 
 # One process per core with one thread each: small tensors do not benefit from more threads. The tests of a file stay
 # together because they share fixtures.
-test: $(STAMP)  ## run the tests that every change must pass: no network, no GPU, about 7 minutes on 2 cores
+test: $(STAMP)  ## run the tests that every change must pass: no network, no GPU, about 5 minutes on 2 cores
 	HF_HUB_OFFLINE=1 WANDB_SILENT=true OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-slow: $(STAMP)  ## run the slow tests
