@@ -216,7 +216,7 @@ def _steps(config: Config, rows: Mapping[str, int]) -> dict[str, int]:
     if counted["max_epochs"] is None:  # Lightning's default in fit
         counted["max_epochs"] = 1000 if counted["max_steps"] == -1 and counted["max_time"] is None else -1
     quiet_lightning()
-    # knows how these keys combine; the environment keeps it from looking at the tasks of a SLURM job
+    # Lightning knows how these keys combine; the environment keeps it from reading the tasks of a SLURM job
     try:
         trainer = Trainer(**counted, accelerator="cpu", logger=False, plugins=LightningEnvironment())
     except MisconfigurationException as error:

@@ -137,7 +137,7 @@ class GenerationModule(ScoredRowsModule):
         losses: Sequence[tuple[float, int]] | None = None,
         generates: bool = True,
     ) -> None:
-        """Score a batch: the options of its rows, and texts that are generated. ``losses`` are recorded."""
+        """Score a batch by the options of its rows and by generated texts, and record each row with its loss."""
         examples: list[Example] = batch["examples"]
         options, drafted = self._rank(batch, reader)
         right = (
