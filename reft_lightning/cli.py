@@ -74,8 +74,8 @@ usage: reft-chat run=FOLDER [max_new_tokens=N] [template=plain|alpaca|chat] [tru
 examples:
   reft-chat run=outputs/quickstart/2026-11-29_10-00-00
   echo "Is water wet?" | reft-chat run=outputs/quickstart/2026-11-29_10-00-00 max_new_tokens=8
-In the conversation: /plain, /alpaca and /chat choose the template, /image FILE shows a picture to a
-model that reads pictures, /new starts a new conversation, /quit ends it.
+In the conversation: /plain, /alpaca and /chat choose the template, /image FILE shows an image to a
+model that reads images, /new starts a new conversation, /quit ends it.
 """
 INSPECT_HELP = """\
 reft-inspect: show what the adapter of a run does, on the run's own validation rows
