@@ -274,15 +274,18 @@ def train() -> Any:
 
 
 def _check_folder(asked: compose.Asked) -> None:
-    """Refuse a folder that holds a complete run, before Hydra writes into it."""
+    """Refuse a file, or a folder that holds a complete run, before Hydra writes into it."""
     from .runs.run_folder import check_free
 
     first = next(iter(asked.runs.values()), None)
-    if asked.folder is None or first is None or first.resume:
+    if asked.folder is None or first is None:
         return
     with _exit_on_value_error():
+        for path in (*asked.folder.parents, asked.folder, *(asked.folder / job for job in asked.jobs)):
+            if path.is_file():
+                raise ValueError(f"{path} is a file, not a folder: move it, or give another folder")
         for folder in (asked.folder, *(asked.folder.glob("[0-9]*_*/") if asked.sweep else ())):
-            check_free(folder, first.overwrite)
+            check_free(folder, first.overwrite or bool(first.resume))
 
 
 def _find_unfinished(asked: compose.Asked) -> None:

@@ -517,6 +517,35 @@ def test_a_folder_with_a_complete_run_is_given_to_no_other(monkeypatch, runs, ca
     assert runs
 
 
+@pytest.mark.parametrize(
+    ("file", "argv"),
+    [
+        ("mine", ["hydra.run.dir=mine"]),
+        ("mine", ["hydra.run.dir=mine/1"]),
+        ("mine", ["-m", "seed=1,2", "hydra.sweep.dir=mine"]),
+        ("mine/2_seed=2,test=False", ["-m", "seed=1,2", "test=false,true", "hydra.sweep.dir=mine"]),
+        ("mine/1_seed=2", ["-m", "seed=1,2", "hydra.sweep.dir=mine", "resume=auto"]),
+    ],
+)
+def test_a_file_where_a_run_would_write_is_named_before_anything_is_written(
+    monkeypatch, runs, capsys, file, argv
+):
+    Path(file).parent.mkdir(exist_ok=True)
+    Path(file).touch()
+    with pytest.raises(SystemExit) as left:
+        command(monkeypatch, cli.train, "model=tiny_random", *argv)
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith(f"{file} is a file, not a folder")
+    assert not runs
+
+
+def test_a_sweep_may_lie_next_to_other_files(monkeypatch, runs):
+    Path("mine").mkdir()
+    Path("mine/0_seed=1.tar").touch()
+    command(monkeypatch, cli.train, "model=tiny_random", "-m", "seed=1,2", "hydra.sweep.dir=mine")
+    assert len(runs) == 2
+
+
 def test_a_sweep_may_lie_next_to_other_runs(monkeypatch, runs):
     Path("mine/other").mkdir(parents=True)
     Path("mine/other/results.json").write_text('{"status": "complete"}')

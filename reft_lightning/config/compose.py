@@ -93,12 +93,14 @@ class Asked:
         sweep: whether it asks for several runs.
         folder: folder of the run or the sweep, if the command line names one.
         parent: parent of the folders of such runs otherwise.
+        jobs: names of a sweep's jobs, if a sweeper does not draw their values.
     """
 
     runs: dict[str, Config] = dataclasses.field(default_factory=dict)
     sweep: bool = False
     folder: Path | None = None
     parent: Path = Path("outputs")
+    jobs: Sequence[str] = ()
 
     @property
     def resumes(self) -> bool:
@@ -263,13 +265,15 @@ def _asked(arguments: argparse.Namespace) -> Asked:
         sys.exit(0)
     with composing(arguments.config_dir) as compose_one:
         vocabulary = _vocabulary(arguments.config_dir)
-        every = _runs(arguments.overrides, arguments.multirun, vocabulary)
-        runs = {what: compose_one(overrides) for what, overrides in every}
         asked = _parse(arguments.overrides)
+        sweep = arguments.multirun or "MULTIRUN" in {
+            o.get_value_string() for o in asked if o.key_or_group == "hydra.mode"
+        }
+        choices = [_choices(o, vocabulary) for o in asked]
+        runs = {what: compose_one(overrides) for what, overrides in _runs(asked, choices, sweep)}
         _check_sweeper(asked, vocabulary)
     if arguments.cfg:  # prints, and runs nothing
         return Asked(runs)
-    sweep = arguments.multirun or "MULTIRUN" in _modes(asked)
     launchers = [o for o in asked if o.key_or_group == "launcher"]
     if launchers and not (sweep and all(not o.is_sweep_override() for o in launchers)):
         raise CompositionError(
@@ -281,11 +285,8 @@ def _asked(arguments: argparse.Namespace) -> Asked:
     sweep_over(keys or filter(None, os.environ.get(SWEPT, "").split(",")))
     experiment = [o.value() for o in asked if o.key_or_group == "experiment"]
     parent = Path("outputs") / _run_name(next(iter(runs.values())).name, *map(str, experiment[-1:]))
-    return Asked(runs, sweep, Path(str(named[-1])) if named else None, parent)
-
-
-def _modes(parsed: Iterable[Override]) -> set[str]:
-    return {o.get_value_string() for o in parsed if o.key_or_group == "hydra.mode"}
+    jobs = [_job_name(number, job) for number, job in enumerate(itertools.product(*choices))] if sweep else ()
+    return Asked(runs, sweep, Path(str(named[-1])) if named else None, parent, jobs)
 
 
 def _help(vocabulary: Vocabulary) -> str:
@@ -346,13 +347,13 @@ def _parse(overrides: Iterable[str]) -> list[Override]:
     return parsed
 
 
-def _runs(overrides: Sequence[str], sweep: bool, vocabulary: Vocabulary) -> Iterator[tuple[str, list[str]]]:
+def _runs(
+    parsed: Sequence[Override], choices: Sequence[list[str]], sweep: bool
+) -> Iterator[tuple[str, list[str]]]:
     """Yield (choices, overrides) of each run to check."""
-    parsed = _parse(overrides)
     sweeping = [i for i, o in enumerate(parsed) if o.is_sweep_override()]
-    if sweeping and not sweep and "MULTIRUN" not in _modes(parsed):
+    if sweeping and not sweep:
         raise _several_values(parsed[sweeping[0]], "add --multirun to run each value, or write a list as")
-    choices = [_choices(o, vocabulary) for o in parsed]
 
     def run(chosen: Mapping[int, str]) -> tuple[str, list[str]]:
         texts = {i: chosen.get(i, own[0]) for i, own in enumerate(choices) if own}
