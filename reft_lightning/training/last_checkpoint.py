@@ -66,13 +66,17 @@ class LastCheckpoint(Checkpoint):
         self._save_in_fit(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save after a validation, when the best score is known."""
-        self._validating = False
-        self._save_in_fit(trainer)
+        """Have a checkpoint written after a validation, when the best score is known."""
+        self._validating, self._due = False, True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save after an epoch."""
-        self._save_in_fit(trainer)
+        """Have a checkpoint written after an epoch."""
+        self._due = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the end of the last epoch."""
+        if self._due:
+            self._save_in_fit(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save when the run is interrupted."""
@@ -108,13 +112,13 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Restore the random state, and after a resume the gradients of a step in progress; save every n steps.
+        """Save if due; restore the random state, and after a resume the gradients of a step in progress.
 
-        Saving happens here, not at the end of the last batch, because only now its logged values have reached the
-        loggers.
+        Saving happens here, not at the end of the last batch, validation or epoch, because only now its logged values
+        have reached the loggers; and one checkpoint serves all three.
         """
         if self._due:
-            self._save(trainer)
+            self._save_in_fit(trainer)
         set_random_state(self._random, pl_module.device)
         if self._resumed:
             # when resuming from some of the checkpoints above, Lightning counts one step too many for its loggers

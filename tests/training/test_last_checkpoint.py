@@ -142,6 +142,30 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(data, whole, tmp_path, mo
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ((), [6, 6, 12, 12]),  # before and after the validation at the end of each epoch
+        (("trainer.val_check_interval=4",), [4, 4, 6, 10, 10, 12]),  # and after each epoch
+        (("data.validation_size=0", "data.limit_train=18"), [6, 12]),
+        (("data.validation_size=0", "data.limit_train=18", "checkpoint.every_n_steps=4"), [4, 6, 8, 12]),
+    ],
+)
+def test_each_reason_to_write_the_checkpoint_writes_it_once(data, tmp_path, monkeypatch, settings, steps):
+    from reft_lightning.training.last_checkpoint import LastCheckpoint
+
+    written, save = [], LastCheckpoint._save
+
+    def noting(self, trainer):
+        written.append(trainer.global_step)
+        save(self, trainer)
+
+    monkeypatch.setattr(LastCheckpoint, "_save", noting)
+    short_runs.run(data, tmp_path, *settings)
+    assert written == steps
+    assert short_runs.checkpoint(tmp_path)["global_step"] == 12
+
+
 def test_gradients_of_a_step_in_progress_are_kept(data, tmp_path):
     settings = ("trainer.accumulate_grad_batches=4", "intervention.dropout=0.3", "trainer.max_epochs=2")
     short_runs.run(data, tmp_path / "whole", *settings)
