@@ -63,7 +63,7 @@ class LastCheckpoint(Checkpoint):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save before a validation, which may take a long time."""
         self._validating = True
-        self._save_in_fit(trainer)
+        self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have a checkpoint written after a validation, when the best score is known."""
@@ -76,22 +76,18 @@ class LastCheckpoint(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of the last epoch."""
         if self._due:
-            self._save_in_fit(trainer)
+            self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save when the run is interrupted."""
-        together = trainer.world_size == 1 or isinstance(exception, SIGTERMException)
-        if together:
-            self._save_in_fit(trainer)
-
-    def _save_in_fit(self, trainer: Trainer) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.global_step > 0:
+        if trainer.world_size == 1 or isinstance(exception, SIGTERMException):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        if getattr(trainer, "fast_dev_run", False):
-            return
         self._due = False
+        trains = trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.global_step > 0
+        if not trains or getattr(trainer, "fast_dev_run", False):
+            return
         trained = (p for p in trainer.lightning_module.parameters() if p.requires_grad)
         finite = all(bool(t.isfinite().all()) for t in (*trained, *self._gradients.values()))
         if not trainer.strategy.reduce_boolean_decision(finite):
@@ -118,7 +114,7 @@ class LastCheckpoint(Checkpoint):
         have reached the loggers; and one checkpoint serves all three.
         """
         if self._due:
-            self._save_in_fit(trainer)
+            self._save(trainer)
         set_random_state(self._random, pl_module.device)
         if self._resumed:
             # when resuming from some of the checkpoints above, Lightning counts one step too many for its loggers

@@ -152,15 +152,16 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(data, whole, tmp_path, mo
     ],
 )
 def test_each_reason_to_write_the_checkpoint_writes_it_once(data, tmp_path, monkeypatch, settings, steps):
-    from reft_lightning.training.last_checkpoint import LastCheckpoint
+    from reft_lightning.training.checkpoint_files import WholeCheckpoints
 
-    written, save = [], LastCheckpoint._save
+    written, save = [], WholeCheckpoints.save_checkpoint
 
-    def noting(self, trainer):
-        written.append(trainer.global_step)
-        save(self, trainer)
+    def noting(self, checkpoint, path, **options):
+        if path.name == "last.ckpt":
+            written.append(checkpoint["global_step"])
+        save(self, checkpoint, path, **options)
 
-    monkeypatch.setattr(LastCheckpoint, "_save", noting)
+    monkeypatch.setattr(WholeCheckpoints, "save_checkpoint", noting)
     short_runs.run(data, tmp_path, *settings)
     assert written == steps
     assert short_runs.checkpoint(tmp_path)["global_step"] == 12
