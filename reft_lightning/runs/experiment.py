@@ -37,9 +37,8 @@ from .console import print_table
 from .ddp_launch import leaving_no_ranks
 from .devices import check_accelerator
 from .environment import begin_peak_memory, environment, peak_memory_bytes, peak_reserved_bytes
-from .results import Results, write_predictions
+from .results import Results, read_results, write_predictions
 from .run_folder import (
-    RESULTS,
     begun,
     hold,
     is_complete,
@@ -108,7 +107,7 @@ def run(
                     tests = shlex.join(["reft-eval", f"run={folder}", "split=test"])
                     rest = f" except to test it: {tests}" if config.test and not earlier.test else ""
                     log.info("%s is complete: nothing is left to do%s", folder, rest)
-                    return Results.read(folder).values
+                    return read_results(folder)
         target = Path(config.resume) if config.resume else Path(folder)
         try:
             return _run(config, target, experiment, callbacks, command, lane)
@@ -236,18 +235,18 @@ def _check_resume(config: Config, folder: Path) -> bool:
         raise ValueError(
             f"resume={folder} continues that run, so settings that affect its result must not change; {listed}"
         )
-    earlier = Results.read(folder) if (folder / RESULTS).is_file() else Results(folder)
-    if "evaluation_dir" in earlier.values:
-        raise ValueError(f"resume={folder} is an evaluation of {earlier.values['run_dir']}, not a run")
-    if earlier.values.get("status") == "complete":
+    began = read_results(folder)
+    if "evaluation_dir" in began:
+        raise ValueError(f"resume={folder} is an evaluation of {began['run_dir']}, not a run")
+    if began.get("status") == "complete":
         # resuming would read the test split once more for the same scores
         raise ValueError(
             f"resume={folder}: the run is already complete; to evaluate its adapter again: "
             f"{shlex.join(['reft-eval', f'run={folder}'])}"
         )
-    began, now = earlier.values, environment()
+    today = environment()
     # another version of the code may compute another hash
-    same_code = all(began.get(name) == now[name] for name in ("versions", "git_commit"))
+    same_code = all(began.get(name) == today[name] for name in ("versions", "git_commit"))
     if same_code and began.get("config_hash") != config_hash(config):
         raise ValueError(
             f"resume={folder} continues that run, but its config.yaml was changed after it started, in a setting that "
@@ -255,12 +254,12 @@ def _check_resume(config: Config, folder: Path) -> bool:
         )
     if last_checkpoint(folder).is_file():
         read_checkpoint(last_checkpoint(folder), config.trust_code)
-    return earlier.has("test/")
+    return any(name.startswith("test/") for name in began.get("metrics", {}))
 
 
 def _check_same_rows(folder: Path, versions: dict[str, Any]) -> None:
     """Refuse to continue a run with rows other than those it started with."""
-    earlier = Results.read(folder).values.get("data_versions", {}) if (folder / RESULTS).is_file() else {}
+    earlier = read_results(folder).get("data_versions", {})
     for split in ("train", "validation"):
         for name, facts in earlier.get(split, {}).items():
             if facts.get("fingerprint") != versions[split].get(name, {}).get("fingerprint"):

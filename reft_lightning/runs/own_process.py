@@ -31,8 +31,7 @@ from omegaconf import OmegaConf
 
 from ..config.compose import SWEPT, flags_of, run_dir, swept
 from ..storage.atomic import hold_folder, now, release_folder
-from .results import Results
-from .run_folder import RESULTS
+from .results import RESULTS, Results
 from .sweep import Job
 
 # Overrides that choose how jobs start or where they write; they belong to the sweep, not to the job.

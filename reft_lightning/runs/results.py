@@ -12,12 +12,20 @@ from typing import Any
 from ..storage.atomic import json_text, write_json, write_text
 from ..storage.reading import read_json
 
+RESULTS = "results.json"
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Return the contents of a run's ``results.json``; empty if there is none yet."""
+    path = folder / RESULTS
+    return read_json(path) if path.is_file() else {}
+
 
 class Results:
     """The contents of ``results.json`` in a run folder, kept on disk."""
 
     def __init__(self, folder: Path, writes: bool = True, **values: Any) -> None:
-        self.path = folder / "results.json"
+        self.path = folder / RESULTS
         self.writes = writes  # true in only one process of a run
         self.values: dict[str, Any] = {
             "status": "running",
@@ -35,8 +43,7 @@ class Results:
 
     def resume(self) -> None:
         """Take over the results of an interrupted run in the same folder, keeping this process's environment."""
-        if self.path.is_file():
-            earlier = read_json(self.path)
+        if earlier := read_results(self.path.parent):
             now = {k: v for k, v in self.values.items() if k not in ("metrics", "counts", "test_reads")}
             then = {k: v for k, v in earlier.items() if k not in ("stopped", "error", "signal")}
             self.values = self.values | then | now

@@ -13,9 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 from ..config.identity import differences
 from ..config.schema import Config
 from ..storage.atomic import hold_folder, release_folder, write_text
-from ..storage.reading import read_json, read_yaml
+from ..storage.reading import read_yaml
+from .results import RESULTS, read_results
 
-RESULTS = "results.json"
 # what a run writes; its folder may also contain files of others
 WRITTEN = (
     RESULTS, "config.yaml", "adapter", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "csv", "csv_*", "predictions",
@@ -55,7 +55,7 @@ def load_run_config(folder: Path) -> Config:
 def is_complete(folder: Path) -> bool:
     """Whether a folder holds the results of a complete run."""
     try:
-        return read_json(Path(folder) / RESULTS).get("status") == "complete"
+        return read_results(Path(folder)).get("status") == "complete"
     except (OSError, ValueError):
         return False
 

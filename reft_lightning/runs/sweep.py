@@ -11,8 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ..config import compose
-from .results import Results
-from .run_folder import RESULTS
+from .results import RESULTS, read_results
 
 
 class Job:
@@ -44,7 +43,7 @@ class Job:
 def say_what_came_out(folder: Path) -> None:
     """Print which jobs of a sweep are complete, the status of the others, and how to compare them."""
     jobs = sorted({path.parent for name in (RESULTS, ".hydra") for path in folder.glob(f"*/{name}")})
-    found = {job: Results.read(job).values if (job / RESULTS).is_file() else {} for job in jobs}
+    found = {job: read_results(job) for job in jobs}
     missing = {job: values for job, values in found.items() if values.get("status") != "complete"}
     for job, values in missing.items():
         sys.stderr.write(

@@ -37,8 +37,7 @@ from ..training.sharded_base import InStep, ShardedBase
 from ..training.wandb import WandbReport
 from .arguments import imported
 from .checks import Monitor, check_callbacks
-from .results import Results
-from .run_folder import RESULTS
+from .results import read_results
 from .stopping import StopTogether
 from .wandb_names import NAME_LENGTH, check_wandb, is_wandb, shown_config, wandb_arguments
 
@@ -155,8 +154,7 @@ def build_loggers(config: Config, folder: Path) -> list[Logger]:
     parts = ("csv" if part == 1 else f"csv_{part}" for part in itertools.count(1))
     free = (part for part in parts if not (folder / part / "metrics.csv").is_file())
     loggers: list[Logger] = [CSVLogger(folder, name="", version=next(free) if config.resume else "csv")]
-    begun = config.resume and (folder / RESULTS).is_file()
-    earlier = Results.read(folder).values.get("wandb_run") if begun else None
+    earlier = read_results(folder).get("wandb_run") if config.resume else None
     for name, entry in config.logger.items():
         where = f"logger.{name}"
         cls = _target(where, entry)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .study import read_results
+from ..runs.results import read_results
 from .study_files import LEDGER, WINNERS
 
 log = logging.getLogger(__name__)

@@ -15,9 +15,10 @@ from typing import Any
 
 import yaml
 
+from ..runs.results import read_results
 from ..runs.run_folder import last_checkpoint
 from ..storage.atomic import write_text
-from ..storage.reading import read_json, read_yaml
+from ..storage.reading import read_yaml
 from ..suggest import needs_extra
 from .budget import counted, spent
 from .process import Lock
@@ -109,12 +110,6 @@ def read_study(folder: Path) -> tuple[Plan, dict[str, Any]]:
         raise ValueError(f"{path} is damaged: missing {', '.join(missing)}")
     more = {key: values.pop(key) for key in MORE}
     return parse_plan(values["name"], values, where=str(path)), more
-
-
-def read_results(folder: Path) -> dict[str, Any]:
-    """Return the contents of a run's ``results.json``; empty if there is none yet."""
-    path = folder / "results.json"
-    return read_json(path) if path.is_file() else {}
 
 
 class Study:

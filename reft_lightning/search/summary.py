@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..runs.results import read_results
 from ..storage.atomic import write_json
 from .budget import counted, spent, verdict
 from .ledger import test_reads
 from .space import brief
-from .study import FREE, Study, read_results, winner_status
+from .study import FREE, Study, winner_status
 from .study_files import ERROR, SUMMARY
 
 STATES = {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL", "running": "RUNNING"}

@@ -22,13 +22,14 @@ from lightning import Callback, LightningModule, Trainer
 
 from ..config import compose
 from ..runs import experiment
+from ..runs.results import read_results
 from ..runs.wandb_names import filed, label
 from ..storage.atomic import now
 from ..suggest import names_of_a_stranger, trusted
 from .budget import spent
 from .process import end_with_parent
 from .space import brief
-from .study import Study, read_results, was_tested
+from .study import Study, was_tested
 from .study_files import LEDGER, read_job
 
 PERIOD = 2.0  # seconds between two updates of a trial's own cost and of the other trials' costs

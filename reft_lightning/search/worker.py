@@ -22,10 +22,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..runs.results import read_results
 from ..storage.atomic import write_json, write_text
 from .budget import counted
 from .process import Lock, end_with_parent, failure, start, stop
-from .study import LOSS, Study, experimental, read_results, run_again, was_tested, winner_status
+from .study import LOSS, Study, experimental, run_again, was_tested, winner_status
 from .study_files import COMMAND, ERROR, JOB, LOCKS, LOG, TRIALS
 from .summary import summarize
 
