@@ -59,17 +59,18 @@ class ClassificationModule(FinetuningModule):
         labels = {"kind": "classification", "labels": list(self.task.labels)}
         self.kind = {"kind": "regression"} if self.task.regression else labels
         names = dict.fromkeys((*data.val_tasks, *data.test_tasks))
-        answer = "" if self.task.regression else _commonest(data.train_rows.examples)
+        answers = Counter(example.answer for example in data.train_rows.examples)
+        answer = "" if self.task.regression else answers.most_common(1)[0][0]
         self.commonest = {name: answer for name in names if answer}
         self.scores: Any = nn.ModuleDict({name: self._metrics_of_task() for name in names})
 
     def _metrics_of_task(self) -> nn.ModuleDict:
-        measures = [measure for measure in self.measures if measure != COMBINED]
         metrics = nn.ModuleDict()
-        for measure in measures:
-            rows = measure == "accuracy"
-            metrics[measure] = RowScores() if rows else metric_of(measure, self.task.num_labels)
-        if "accuracy" in measures:
+        for measure in self.measures:
+            if measure != COMBINED:
+                rows = measure == "accuracy"
+                metrics[measure] = RowScores() if rows else metric_of(measure, self.task.num_labels)
+        if "accuracy" in metrics:
             metrics["majority_accuracy"] = RowScores()
         return metrics
 
@@ -162,9 +163,9 @@ class ClassificationModule(FinetuningModule):
     def _values(self, task: str, path: str) -> dict[str, float]:
         """Return the measures of one test set, and record the counts they are based on."""
         values: dict[str, float] = {}
-        metrics = self.scores[task]
-        total = int(self._rows(task))
-        for measure, metric in metrics.items():
+        read = torch.tensor(sum(row["task"] == task for row in self.predictions), device=self.device)
+        total = int(self.trainer.strategy.reduce(read, reduce_op="sum"))  # by all processes
+        for measure, metric in self.scores[task].items():
             if isinstance(metric, RowScores):
                 count = metric.count()
                 values[measure] = count["correct"] / count["total"]
@@ -177,12 +178,3 @@ class ClassificationModule(FinetuningModule):
             others = [values[measure] for measure in self.measures if measure != COMBINED]
             values[COMBINED] = sum(others) / len(others)
         return values
-
-    def _rows(self, task: str) -> Tensor:
-        """Return the number of rows read by all processes."""
-        read = sum(row["task"] == task for row in self.predictions)
-        return self.trainer.strategy.reduce(torch.tensor(read, device=self.device), reduce_op="sum")
-
-
-def _commonest(examples: list[LabelledText]) -> str:
-    return Counter(example.answer for example in examples).most_common(1)[0][0]

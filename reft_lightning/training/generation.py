@@ -140,12 +140,9 @@ class GenerationModule(ScoredRowsModule):
         """Score a batch by the options of its rows and by generated texts, and record each row with its loss."""
         examples: list[Example] = batch["examples"]
         options, drafted = self._rank(batch, reader)
-        right = (
-            [float(option == e.target) for option, e in zip(options, examples, strict=True)]
-            if options
-            else []
-        )
+        right: list[float] = []
         if options:
+            right = [float(option == e.target) for option, e in zip(options, examples, strict=True)]
             self._metric("option_accuracy", task).update(right, options.count(None))
         if task in self.commonest:
             constant = [float(example.answer == self.commonest[task]) for example in examples]
