@@ -150,11 +150,10 @@ def check_unused(config: Config, family: AnyFamily) -> None:
             "leave one of the two out"
         )
     if not kind_of(family).generates:
-        for name, default in vars(DecodingConfig()).items():
-            if getattr(config.decoding, name) != default:
-                raise ValueError(
-                    f"decoding.{name} does not apply to {family.name}, which trains a classifier: leave it out"
-                )
+        if changed := _changed(config.decoding):
+            raise ValueError(
+                f"decoding.{changed[0]} does not apply to {family.name}, which trains a classifier: leave it out"
+            )
         if config.objective != ObjectiveConfig() and not objective.rewards:
             raise ValueError(
                 f"objective: {family.name} trains a classifier with the loss of its labels; leave it out"
@@ -186,9 +185,12 @@ def _check_promptless(config: Config, family: AnyFamily) -> None:
         raise ValueError(
             f"{what}, but {config.objective._target_} compares two answers to a prompt: leave it out"
         )
-    for name, default in vars(DecodingConfig()).items():
-        if getattr(config.decoding, name) != default:
-            raise ValueError(f"{what}, so nothing is generated: leave out decoding.{name}")
+    if changed := _changed(config.decoding):
+        raise ValueError(f"{what}, so nothing is generated: leave out decoding.{changed[0]}")
+
+
+def _changed(decoding: DecodingConfig) -> list[str]:
+    return [name for name, default in vars(DecodingConfig()).items() if getattr(decoding, name) != default]
 
 
 def check_reads_forward(config: Config, hf_config: PretrainedConfig, task: str, family: AnyFamily) -> None:
