@@ -169,9 +169,8 @@ def sweep_over(keys: Iterable[str]) -> None:
 
 def differing(overrides: Sequence[str]) -> list[str]:
     """Return the overrides of a job that differ between the jobs of its sweep; outside a sweep, all of them."""
-    keys = [key_of(text) for text in overrides]
-    found = [text for key, text in zip(keys, overrides, strict=True) if key in _swept]
-    return found or [text for key, text in zip(keys, overrides, strict=True) if key != "launcher"]
+    found = [text for text in overrides if key_of(text) in _swept]
+    return found or [text for text in overrides if key_of(text) != "launcher"]
 
 
 def _base_name(path: str | None) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from ..adapters.methods import method_named
 from ..config.schema import Config
-from ..data import Example
+from ..data import Example, Family
 from ..data.marks import Marks, as_marks, unmarked
 from ..data.pictures import Picture, marked
 from ..data.prompts import apply_template
@@ -59,7 +59,7 @@ class PromptFormat:
         family = family_of(config)
         if not kind_of(family).generates:
             raise ValueError(f"{where} is a classifier ({family.name}), which does not generate text")
-        template = data.template or str(getattr(family, "template", "plain"))
+        template = data.template or cast(Family, family).template
         return cls(template, data.system_prompt, kind=kind_of(family))
 
     def prompt(
