@@ -64,26 +64,13 @@ def evaluate(
 def _evaluate(
     folder: Path, split: str, limit: int | None, rows: Sequence[str], evaluate_base: bool
 ) -> dict[str, Any]:
-    config = own = load_run_config(folder)
-    if split == "test" and own.sealed:
-        raise ValueError(f"{folder} is part of a search, whose test split is sealed")
-    trained_on = None
-    if rows:
-        config = whole_file(on_other_rows(own, rows), split)
-        trained_on = train_questions(own)
-    if limit is not None:
-        limited = {"limit_test" if split == "test" else "limit_validation": limit}
-        config = replace(config, data=replace(config.data, **limited))
+    own = load_run_config(folder)
     if split == "test":
+        if own.sealed:
+            raise ValueError(f"{folder} is part of a search, whose test split is sealed")
         Results.read(folder)  # fail now if the file is damaged: the read is recorded in it
         hold(folder)  # a run in progress would overwrite the record
-    config = replace(config, test=split == "test")
-    plan = prepare(untrained(config), trained_on=trained_on)
-    if split == "validation" and not plan.data.val_tasks:
-        whose, key = (rows[0], "data.validation_path") if rows else (folder, "data.validation_size")
-        raise ValueError(f"{whose} has no validation rows ({key}): evaluate it with split=test")
-    if split == "test" and not plan.data.test_tasks:
-        raise ValueError(f"{rows[0] if rows else folder} has no test rows (data.test_path)")
+    config, plan = _with_rows(folder, own, split, limit, rows)
     objects = load_run(folder, config, plan)
     target = new_folder(folder / "evaluations")
     write_run_config(target, config)  # reft-report compares evaluations as it compares runs
@@ -120,12 +107,27 @@ def _evaluate(
     return results.values
 
 
-def load_run(folder: Path, config: Config, plan: Prepared | None = None) -> Objects:
-    """Build a run with the adapter in its folder; the configuration may choose other rows to evaluate.
+def _with_rows(
+    folder: Path, own: Config, split: str, limit: int | None, rows: Sequence[str]
+) -> tuple[Config, Prepared]:
+    """Return a run's configuration with the rows to evaluate, and what is prepared from it."""
+    config = whole_file(on_other_rows(own, rows), split) if rows else own
+    trained_on = train_questions(own) if rows else None
+    if limit is not None:
+        limited = {"limit_test" if split == "test" else "limit_validation": limit}
+        config = replace(config, data=replace(config.data, **limited))
+    config = replace(config, test=split == "test")
+    plan = prepare(untrained(config), trained_on=trained_on)
+    if split == "validation" and not plan.data.val_tasks:
+        whose, key = (rows[0], "data.validation_path") if rows else (folder, "data.validation_size")
+        raise ValueError(f"{whose} has no validation rows ({key}): evaluate it with split=test")
+    if split == "test" and not plan.data.test_tasks:
+        raise ValueError(f"{rows[0] if rows else folder} has no test rows (data.test_path)")
+    return config, plan
 
-    Raises:
-        ValueError, OSError: before weights are loaded, if the adapter is missing or the accelerator not available.
-    """
+
+def load_run(folder: Path, config: Config, plan: Prepared | None = None) -> Objects:
+    """Build a run with the adapter in its folder; the configuration may choose other rows to evaluate."""
     check_accelerator(
         config.trainer.accelerator, f"set trainer.accelerator to cpu in {Path(folder) / 'config.yaml'}"
     )
