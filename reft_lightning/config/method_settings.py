@@ -12,16 +12,7 @@ from .schema import InterventionConfig
 def check_settings_mean_something(
     method: Method, intervention: InterventionConfig, arguments: Sequence[str]
 ) -> None:
-    """Reject intervention settings for a baseline, on which they would have no effect.
-
-    Args:
-        method: the method that ``intervention.method`` names.
-        intervention: the section of the configuration.
-        arguments: command-line arguments, which can be left out; other settings come from a file.
-
-    Raises:
-        ValueError: says which arguments to leave out, and which to add if a file sets them.
-    """
+    """Reject settings that have no effect on a baseline; the advice depends on whether they are arguments."""
     if method.takes_settings or method.ignores_settings:
         return
     own = ("method", "heads", "options", "init_from", "beside", "beside_options")

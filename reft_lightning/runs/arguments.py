@@ -186,11 +186,7 @@ def needs_marks(intervention: InterventionConfig) -> bool:
 
 
 def data_module(config: Config, family: AnyFamily, tokenizer: Any) -> BenchmarkData:
-    """Return the DataModule of a family; if rows have pictures, the tokenizer is a processor.
-
-    Raises:
-        ValueError: for a setting that does not apply to the family.
-    """
+    """Return the DataModule of a family; if rows have pictures, the tokenizer is a processor."""
     values = asdict(config.data)
     source = DataSource(
         values.pop("source"), *(values.pop(k) for k in ("path", "package", "sha256", "mixture"))
@@ -215,11 +211,7 @@ def data_module(config: Config, family: AnyFamily, tokenizer: Any) -> BenchmarkD
 
 
 def optimization_of(config: Config) -> Optimization:
-    """Return the optimizer and the scheduler.
-
-    Raises:
-        ValueError: for an import path that does not resolve, an unknown argument, or a value out of range.
-    """
+    """Return the optimizer and the scheduler."""
     optimizer, scheduler = config.optimizer, config.scheduler
     targets = (
         imported("optimizer._target_", optimizer._target_),
@@ -237,11 +229,7 @@ def optimization_of(config: Config) -> Optimization:
 
 
 def objective_of(config: Config) -> Objective:
-    """Return the objective that training minimises.
-
-    Raises:
-        ValueError: for an import path that is not an objective, or an option that it does not take or allow.
-    """
+    """Return the objective that training minimises."""
     target = imported("objective._target_", config.objective._target_)
     if not (inspect.isclass(target) and issubclass(target, Objective)):
         raise ValueError(
@@ -253,11 +241,7 @@ def objective_of(config: Config) -> Objective:
 
 
 def _check_trains(optimizer: Any, scheduler: Any) -> None:
-    """Refuse import paths from an untrusted folder that are not an optimizer or a scheduler.
-
-    Raises:
-        ValueError: naming the key.
-    """
+    """Refuse import paths from an untrusted folder that are not an optimizer or a scheduler."""
     schedules = getattr(scheduler, "__module__", "") in SCHEDULES
     for key, value, fits in (
         ("optimizer", optimizer, inspect.isclass(optimizer) and issubclass(optimizer, Optimizer)),

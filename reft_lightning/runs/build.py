@@ -147,11 +147,7 @@ def check_jobs(configs: Mapping[str, Config]) -> None:
 
 
 def outline(config: Config) -> Outline:
-    """Check all of a configuration that needs neither rows nor weights, on a model without weights.
-
-    Raises:
-        ValueError: for an unknown family, task, model, layer, rank, position or setting.
-    """
+    """Check all of a configuration that needs neither rows nor weights, on a model without weights."""
     family = family_of(config)
     check_unused(config, family)
     monitor = monitor_of(config, family)
@@ -230,9 +226,6 @@ def prepare(config: Config, run: Outline | None = None, trained_on: set[Hashable
     """Check all of a configuration that needs no weights: its outline, unless given as ``run``, and the data.
 
     ``trained_on`` holds the questions the model was trained on, if the rows are not those of its own run.
-
-    Raises:
-        ValueError: for an unknown family, task, model, layer, rank, position or setting, or missing data.
     """
     run = run or outline(config)
     family, decoding = run.family, run.decoding

@@ -38,16 +38,7 @@ NO_TEMPLATE = "this tokenizer has no chat template"
 
 
 def main(folder: Path, max_new_tokens: int = 64, template: str | None = None) -> None:
-    """Answer prompts from standard input until it ends or says ``/quit``.
-
-    Args:
-        folder: a run folder.
-        max_new_tokens: maximum length of each answer.
-        template: prompt template, a name in ``data.prompts.TEMPLATES``; None for that of the training rows.
-
-    Raises:
-        ValueError: if the folder is not a run, its model does not generate text, or the tokenizer has no chat template.
-    """
+    """Answer prompts from standard input until it ends or says ``/quit``; template None: that of the training."""
     console = Console()
     talk = Conversation(*load(folder, template), max_new_tokens)
     has_template = talk.reader.chat_template is not None
@@ -166,15 +157,7 @@ class Conversation:
 
 
 def load(folder: Path, template: str | None = None) -> tuple[AdaptedModel, Any, PromptFormat]:
-    """Return the adapted model of a run folder, its tokenizer or processor, and the format of its prompts.
-
-    Args:
-        folder: run folder.
-        template: prompt template; None for that of the training rows.
-
-    Raises:
-        ValueError: if the folder is not a run, or its model does not generate text.
-    """
+    """Return the adapted model of a run folder, its tokenizer or processor, and the format of its prompts."""
     config = load_run_config(folder)
     prompts = PromptFormat.of(config, folder)
     if template is not None:

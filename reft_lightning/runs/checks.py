@@ -1,6 +1,6 @@
 """Checks of a configuration beyond those of its objects' arguments.
 
-Most need the benchmark family; none needs weights.
+Most need the benchmark family; none needs weights. Each raises a ``ValueError`` that says what to write instead.
 """
 
 from __future__ import annotations
@@ -78,11 +78,7 @@ def monitor_of(config: Config, family: AnyFamily) -> Monitor:
 
 
 def _check_closed_form(config: Config) -> None:
-    """Refuse a closed-form objective whose trainer and optimizer do not take its single step.
-
-    Raises:
-        ValueError: says what to set.
-    """
+    """Refuse a closed-form objective whose trainer and optimizer do not take its single step."""
     if not objective_of(config).closed_form:
         return
     optimizer, trainer = config.optimizer, config.trainer
@@ -102,11 +98,7 @@ def _check_closed_form(config: Config) -> None:
 
 
 def check_unused(config: Config, family: AnyFamily) -> None:
-    """Refuse settings that would have no effect.
-
-    Raises:
-        ValueError: naming the setting.
-    """
+    """Refuse settings that would have no effect."""
     method = method_named(config.intervention.method)
     if config.model.compile and not method.compiles:
         raise ValueError(f"model.compile compiles interventions, not {method.name}: leave it out")
@@ -194,11 +186,7 @@ def _changed(decoding: DecodingConfig) -> list[str]:
 
 
 def check_reads_forward(config: Config, hf_config: PretrainedConfig, task: str, family: AnyFamily) -> None:
-    """Reject encoders and unsupported encoder-decoders for generative tasks, and models that cannot read the rows.
-
-    Raises:
-        ValueError: says what to choose instead.
-    """
+    """Reject encoders and unsupported encoder-decoders for generative tasks, and models that cannot read the rows."""
     sees = type(hf_config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if task == "image_text_to_text" and not sees:
         raise ValueError(
@@ -279,9 +267,6 @@ def check_monitor(config: Config, name: str, measures: Sequence[str], tasks: Seq
     """Refuse a monitored score that no validation will report, including those of callbacks.
 
     Callbacks are not checked if one is the user's own, since what it logs is unknown.
-
-    Raises:
-        ValueError: for an unknown score, or early stopping without validation rows.
     """
     scores = [name for name in measures if name != "option_accuracy" or config.option_likelihood]
     known = ["val/loss", *(f"val/{s}" for s in scores), *(f"val/{t}/{s}" for t in tasks for s in scores)]
@@ -306,16 +291,7 @@ def check_monitor(config: Config, name: str, measures: Sequence[str], tasks: Seq
 
 
 def check_batches(config: Config, data: BenchmarkData, world_size: int) -> None:
-    """Refuse a fraction of a split below one batch, and a validation interval longer than an epoch.
-
-    Args:
-        config: configuration of the run.
-        data: data module with the rows that the run reads.
-        world_size: number of processes that share them.
-
-    Raises:
-        ValueError: says what to write instead.
-    """
+    """Refuse a fraction of a split below one batch, and a validation interval longer than an epoch."""
     trainer, sizes = config.trainer, config.data
     if trainer.fast_dev_run:
         return
@@ -361,11 +337,7 @@ def endless(config: Config) -> bool:
 
 
 def check_callbacks(config: Config, callbacks: Sequence[Callback]) -> None:
-    """Refuse Lightning callbacks that would change the frozen base or a run's settings, or have no effect.
-
-    Raises:
-        ValueError: says what to write instead.
-    """
+    """Refuse Lightning callbacks that would change the frozen base or a run's settings, or have no effect."""
     for callback in callbacks:
         name = type(callback).__name__
         if reason := next((why for kind, why in UNFIT_CALLBACKS.items() if isinstance(callback, kind)), None):
@@ -385,11 +357,7 @@ def check_callbacks(config: Config, callbacks: Sequence[Callback]) -> None:
 
 
 def check_strategy(config: Config, trainer: Trainer) -> None:
-    """Refuse settings that do not work across several processes, or with a sharded base.
-
-    Raises:
-        ValueError: says what to write instead.
-    """
+    """Refuse settings that do not work across several processes, or with a sharded base."""
     model, method, strategy = config.model, method_named(config.intervention.method), trainer.strategy
     if isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
         raise ValueError(f"trainer.strategy: {type(strategy).__name__} {SHARDING}")
@@ -411,11 +379,7 @@ def check_strategy(config: Config, trainer: Trainer) -> None:
 
 
 def check_tied_head(config: Config, hf_config: PretrainedConfig, task: str, heads: Sequence[str]) -> None:
-    """Refuse to train a language-model head that is tied to the embeddings but gets its own float32 copy.
-
-    Raises:
-        ValueError: says what to set.
-    """
+    """Refuse to train a language-model head that is tied to the embeddings but gets its own float32 copy."""
     widened = config.model.dtype != "float32" and config.model.float32_logits
     copied = widened and hf_config.tie_word_embeddings and task != "sequence_classification"
     if copied and (method_named(config.intervention.method).trains_weights or "lm_head" in heads):

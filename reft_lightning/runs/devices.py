@@ -8,15 +8,7 @@ GPUS = ("gpu", "cuda", "mps")  # Lightning's names; "gpu" is whichever of the ot
 
 
 def check_accelerator(name: str, instead: str = "write trainer=cpu to compute on the CPU") -> None:
-    """Refuse a GPU if torch finds none; other accelerators are left to Lightning.
-
-    Args:
-        name: ``trainer.accelerator``.
-        instead: advice on what to do without a GPU.
-
-    Raises:
-        ValueError: naming the GPUs that are available.
-    """
+    """Refuse a GPU if torch finds none, with advice what to do instead; others are left to Lightning."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name not in GPUS or here.get(name, any(here.values())):
         return

@@ -61,11 +61,7 @@ def git_commit() -> str | None:
 
 
 def begin_peak_memory(shared: bool = False) -> None:
-    """Reset the peak-memory counters, as earlier runs of a multirun may have raised them.
-
-    Args:
-        shared: whether other runs are active in the process, so that a peak cannot be attributed to one.
-    """
+    """Reset the peak-memory counters; ``shared`` means that other runs are active in this process."""
     _Process.shared = shared
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         gc.collect()
@@ -79,11 +75,7 @@ def begin_peak_memory(shared: bool = False) -> None:
 
 
 def peak_memory_bytes() -> int | None:
-    """Return the peak memory of a run: of the GPU if one is used, else of the process.
-
-    Returns:
-        None if it cannot be separated from that of other runs in the process.
-    """
+    """Return the peak memory of the GPU if one is used, else of the process; None if other runs share it."""
     if _Process.shared:
         return None
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():

@@ -61,11 +61,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder whose complete run would be overwritten.
-
-    Raises:
-        ValueError: says what to do.
-    """
+    """Refuse a folder whose complete run would be overwritten."""
     if is_complete(folder) and not overwrite:
         raise ValueError(
             f"{folder} holds a complete run: give another folder, or leave out hydra.run.dir and hydra.sweep.dir; to "
@@ -74,11 +70,7 @@ def check_free(folder: Path, overwrite: bool) -> None:
 
 
 def make_room(folder: Path, overwrite: bool) -> None:
-    """Make sure that a folder holds no other run; with ``overwrite``, remove what that run wrote.
-
-    Raises:
-        ValueError: if it holds a run that would be lost; says what to do.
-    """
+    """Make sure that a folder holds no other run; with ``overwrite``, remove what that run wrote."""
     check_free(folder, overwrite)
     if not (folder / RESULTS).is_file():
         return
@@ -100,11 +92,7 @@ def begun(folder: Path) -> bool:
 
 
 def hold(folder: Path) -> None:
-    """Keep other processes from working on a run until this one ends or is killed.
-
-    Raises:
-        ValueError: if another process is working on it.
-    """
+    """Keep other processes from working on a run until this one ends or is killed."""
     if not hold_folder(folder):
         raise ValueError(f"another process is working on the run in {folder}: wait until it ends, or stop it")
 

@@ -210,11 +210,7 @@ def _object(where: str, value: Any, given: Mapping[str, Any] | None = None) -> A
 
 
 def _check_classes(where: str, value: Any) -> None:
-    """Refuse any ``_target_`` from an untrusted folder that is not a subclass of one of ``KINDS``.
-
-    Raises:
-        ValueError: naming the entry.
-    """
+    """Refuse any ``_target_`` from an untrusted folder that is not a subclass of one of ``KINDS``."""
     if isinstance(value, Mapping):
         if "_target_" in value:
             target = _target(where, value)

@@ -40,12 +40,7 @@ def is_wandb(entry: Any) -> bool:
 
 
 def filed(config: Config, **names: str) -> Config:
-    """Return a configuration whose W&B entries get these names unless they set their own.
-
-    Args:
-        config: configuration of a run.
-        names: ``name``, ``group``, ``job_type``.
-    """
+    """Return a configuration whose W&B entries get these names, such as ``group``, unless they set their own."""
     entries = {
         key: {**names, **{k: v for k, v in entry.items() if v is not None or k not in names}}
         if is_wandb(entry) else entry
@@ -146,11 +141,7 @@ def shown_config(config: Config) -> dict[str, Any]:
 
 
 def check_wandb(where: str, cls: type, entry: Mapping[str, Any]) -> None:
-    """Refuse arguments that W&B would reject only after the run has started.
-
-    Raises:
-        ValueError: for an argument that neither the logger nor ``wandb.init`` takes.
-    """
+    """Refuse arguments that W&B would reject only after the run has started."""
     import wandb
 
     taken = {"log_adapter"}.union(*(inspect.signature(what).parameters for what in (cls, wandb.init)))

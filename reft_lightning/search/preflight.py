@@ -47,12 +47,7 @@ def compose_corners(plan: Plan) -> dict[str, list[Config]]:
 
 
 def check_corners(plan: Plan, corners: dict[str, list[Config]]) -> Monitor:
-    """Check everything that needs no weights; return the score that decides.
-
-    Raises:
-        ValueError: for a setting that does not apply or is out of range, for trials that are selected by different
-            scores or on different rows, and for trials that cost nothing, or more than the whole budget.
-    """
+    """Check everything that needs no weights; return the score that decides."""
     from ..runs.arguments import attachment, data_module, family_of, optimization_of
     from ..runs.checks import check_unused, monitor_of
 

@@ -117,9 +117,6 @@ def read_plan(name: str, arguments: Sequence[str] = ()) -> Plan:
     """Read a search file, from ``conf/search`` or the user's own, and the arguments of the command.
 
     Arguments in :func:`plan_keys` change the plan, all others are overrides for all runs.
-
-    Raises:
-        ValueError: for an invalid plan; the message names the file, the method and the parameter.
     """
     path = search_file(name)
     own = [text for text in arguments if key_of(text) in plan_keys()]

@@ -64,11 +64,7 @@ UNFIT_PRECISIONS = (HalfPrecision, DoublePrecision, TransformerEnginePrecision, 
 
 
 def check_precision(plugin: Precision) -> None:
-    """Reject a precision, however it was given to the Trainer, that changes the frozen base and the interventions.
-
-    Raises:
-        ValueError: if the precision is unsuitable; suggests alternatives.
-    """
+    """Reject a precision, however it was given to the Trainer, that changes the frozen base and the interventions."""
     if isinstance(plugin, UNFIT_PRECISIONS):
         raise ValueError(
             f"precision={plugin.precision} ({type(plugin).__name__}) changes the parameters of the frozen base and of "

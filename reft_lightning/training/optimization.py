@@ -147,11 +147,7 @@ def _made(what: str, target: Callable[..., Any], *args: Any, **options: Any) -> 
 
 
 def check_options(what: str, target: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Reject options that a class or function does not take.
-
-    Raises:
-        ValueError: if there is such an option; suggests the closest one that it takes.
-    """
+    """Reject options that a class or function does not take."""
     parameters = inspect.signature(target).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
