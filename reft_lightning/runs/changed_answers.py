@@ -24,11 +24,8 @@ def print_changed_answers(folder: Path, method: str, console: Console | None = N
     files = [folder / "predictions" / f"{who}_test.jsonl" for who in ("base", "reft")]
     base, adapted = (read_predictions(file) for file in files)
     pairs = [(base[key], row) for key, row in adapted.items() if key in base]
-    changed = [
-        pair
-        for pair in pairs
-        if all("correct" in row for row in pair) and pair[0]["correct"] != pair[1]["correct"]
-    ]
+    scored = [pair for pair in pairs if all("correct" in row for row in pair)]
+    changed = [(before, after) for before, after in scored if before["correct"] != after["correct"]]
     if not changed:
         return
     console = console or Console(width=None if sys.stdout.isatty() else 120)

@@ -157,24 +157,17 @@ def _percent(value: float, low: float, high: float) -> str:
 
 def _next_experiments(command: str, method: str) -> list[tuple[str, str]]:
     """Return shell-quoted commands that repeat the run with three seeds, and with another method."""
-    program, *words = shlex.split(command) or [""]
-    if not program:
+    if not command:
         return []
-    key = {word: key_of(word) for word in words}
-    same = [word for word in words if key[word] not in ("resume", "overwrite", "trust_code")]
-    seeds = [program, "-m", *(word for word in same if key[word] != "seed"), "seed=42,43,44"]
-    found = [("three seeds", shlex.join(seeds))]
-    fixed = {
-        "intervention.method",
-        "intervention.init_from",
-    }  # the former would set it back, the latter not fit
-    if method in OTHER and not fixed & set(key.values()):
-        other = [
-            program,
-            *(word for word in same if key[word] != "intervention"),
-            f"intervention={OTHER[method]}",
-        ]
-        found.append(("another method", shlex.join(other)))
+    program, *words = shlex.split(command)
+    same = [word for word in words if key_of(word) not in ("resume", "overwrite", "trust_code")]
+    rest = [word for word in same if key_of(word) != "seed"]
+    found = [("three seeds", shlex.join([program, "-m", *rest, "seed=42,43,44"]))]
+    # the first would set the method back, the second would not fit another
+    fixed = {"intervention.method", "intervention.init_from"}
+    if method in OTHER and not fixed & set(map(key_of, words)):
+        rest = [word for word in same if key_of(word) != "intervention"]
+        found.append(("another method", shlex.join([program, *rest, f"intervention={OTHER[method]}"])))
     return found
 
 
@@ -209,14 +202,12 @@ def _models(
     if "base/" in prefixes:
         rows.append(("base/", "frozen base", ("0", "0")))
     if "" in prefixes:
-        trained = (
-            (f"{results['trainable_parameters']:,}", f"{results['percent']:.3f}")
-            if "percent" in results
-            else ("", "")
-        )
+        count = share = ""
+        if "percent" in results:
+            count, share = f"{results['trainable_parameters']:,}", f"{results['percent']:.3f}"
         if heads := results.get("head_parameters"):
-            trained = (f"{trained[0]} + head {heads:,}", trained[1])
-        rows.append(("", results["method"], trained))
+            count += f" + head {heads:,}"
+        rows.append(("", results["method"], (count, share)))
     return rows
 
 

@@ -71,19 +71,20 @@ class Objective:
         Raises:
             ValueError: if it cannot be trained; gives the reason.
         """
-        if self.steers and model.config.heads:
+        if not self.steers:
+            return
+        if model.config.heads:
             raise ValueError(
                 f"the objective {type(self).__name__} varies the strength of edits, and trained heads "
                 f"({', '.join(model.config.heads)}) have none: set intervention.heads=[]"
             )
-        if self.steers and not isinstance(model, Steerable):
+        if not isinstance(model, Steerable):
             raise ValueError(
                 f"the objective {type(self).__name__} needs edits with adjustable strength, and "
                 f"{model.config.method} has none: choose an intervention, such as intervention=bias"
             )
-        if isinstance(model, Steerable) and self.steers:
-            with model.nulled():  # raises if an intervention does not define null(h)
-                pass
+        with model.nulled():  # raises if an intervention does not define null(h)
+            pass
 
 
 class SFT(Objective):
