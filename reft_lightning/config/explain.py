@@ -82,11 +82,7 @@ def shown(options: Sequence[str], opened: str = "") -> str:
 
 
 class Vocabulary:
-    """The keys of the schema and the groups found in some folders of YAML files.
-
-    Args:
-        folders: folders of YAML files: ``conf/`` and, with ``--config-dir``, the user's own.
-    """
+    """The keys of the schema, and the groups in ``conf/`` and, with ``--config-dir``, in a folder of the user's."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.folders = list(folders)

@@ -131,13 +131,12 @@ def check_jobs(configs: Mapping[str, Config]) -> None:
     for what, config in configs.items():
         same = repr(replace(config, seed=0))
         if same not in found:
+            found[same] = None
             try:
                 check_accelerator(config.trainer.accelerator)
                 outline(config)
             except (ValueError, OSError, ImportError) as error:
                 found[same] = str(error)
-            else:
-                found[same] = None
         if found[same] is not None:
             bad[what] = found[same]
     if bad:

@@ -98,13 +98,10 @@ def hold(folder: Path) -> None:
 
 
 def find_unfinished(parent: Path, config: Config) -> Path | None:
-    """Return the newest unfinished run of the same configuration that no process is working on, and hold it.
+    """Return the newest unfinished run of a configuration that no process is working on, and hold it.
 
-    Two processes that ask at the same time get different runs.
-
-    Args:
-        parent: ``outputs/NAME``, whose folders are named by their time.
-        config: configuration of the run, including its seed.
+    ``parent`` is ``outputs/NAME``, whose folders are named by their time. Two processes that ask at the same time get
+    different runs.
     """
     for folder in sorted((path.parent for path in parent.glob("*/config.yaml")), reverse=True):
         try:

@@ -42,11 +42,7 @@ def present_lane() -> Lane | None:
 
 
 class SharedBase:
-    """A base model and the runs that share it.
-
-    Args:
-        names: names of the runs.
-    """
+    """A base model and the runs that share it."""
 
     def __init__(self, names: Iterable[str]) -> None:
         names = list(names)
