@@ -99,7 +99,7 @@ def _check_closed_form(config: Config) -> None:
 
 def check_unused(config: Config, family: AnyFamily) -> None:
     """Refuse settings that would have no effect."""
-    method = method_named(config.intervention.method)
+    method, kind, objective = method_named(config.intervention.method), kind_of(family), objective_of(config)
     if config.model.compile and not method.compiles:
         raise ValueError(f"model.compile compiles interventions, not {method.name}: leave it out")
     if method.takes_source != bool(config.data.source_prompt):
@@ -109,10 +109,8 @@ def check_unused(config: Config, family: AnyFamily) -> None:
             else f"data.source_prompt does not apply to {method.name}, which uses no hidden states of other texts: "
             "choose intervention=das, boundless_das or cdas, or leave it out"
         )
-    objective = objective_of(config)
-    two = objective.pairs or objective.rewards
-    if two and (config.data.source_prompt or kind_of(family).sees):
-        what = "pictures" if kind_of(family).sees else "data.source_prompt"
+    if (objective.pairs or objective.rewards) and (config.data.source_prompt or kind.sees):
+        what = "pictures" if kind.sees else "data.source_prompt"
         raise ValueError(f"{config.objective._target_} compares two answers and does not support {what}")
     if config.model.gradient_checkpointing and method.needs_cache:
         raise ValueError(
@@ -124,7 +122,7 @@ def check_unused(config: Config, family: AnyFamily) -> None:
             f"{method.name} trains the weights that model.quantization quantizes: leave one of the two out"
         )
     _check_kept(config)
-    if kind_of(family).generates:
+    if kind.generates:
         _check_closed_form(config)
     if needs_marks(config.intervention) and not config.data.marks:
         raise ValueError(
@@ -134,14 +132,14 @@ def check_unused(config: Config, family: AnyFamily) -> None:
     if config.data.marks and (config.data.source_prompt or objective.rewards):
         what = "data.source_prompt" if config.data.source_prompt else config.objective._target_
         raise ValueError(f"data.marks cannot be used with {what}: leave it out")
-    if not kind_of(family).prompts:
+    if not kind.prompts:
         _check_promptless(config, family)
     if config.checkpoint.early_stopping_patience is not None and config.trainer.enable_checkpointing is False:
         raise ValueError(
             "checkpoint.early_stopping_patience needs checkpoints, but trainer.enable_checkpointing=false writes none: "
             "leave one of the two out"
         )
-    if not kind_of(family).generates:
+    if not kind.generates:
         if changed := _changed(config.decoding):
             raise ValueError(
                 f"decoding.{changed[0]} does not apply to {family.name}, which trains a classifier: leave it out"
@@ -259,7 +257,8 @@ def _check_kept(config: Config) -> None:
         "model.base_dropout=true changes every activation": config.model.base_dropout,
         "model.gradient_checkpointing=true recomputes them all": config.model.gradient_checkpointing,
     }
-    for reason in (reason for reason, holds in reasons.items() if limit and holds):
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if limit and reason:
         raise ValueError(f"kept.limit_gb={limit} has no effect: {reason}; leave one of the two out")
 
 

@@ -23,13 +23,8 @@ LAYOUT = ("template", "system_prompt", "max_length", "batch_size", "eval_batch_s
 def on_other_rows(config: Config, rows: Sequence[str], named: str = "") -> Config:
     """Return the configuration of a run with the rows of another family, in the run's format unless set otherwise.
 
-    Args:
-        config: configuration of the run.
-        rows: arguments of ``reft-train`` in the groups ``data`` and ``decoding``; the first is ``data=NAME``.
-        named: the argument that errors name, if not the first of these.
-
-    Raises:
-        ValueError: for rows of another kind than the model's, or with other classes.
+    ``rows`` are arguments of ``reft-train`` in the groups ``data`` and ``decoding``; errors name the first, which is
+    ``data=NAME``, or ``named``. Rows of another kind than the model's, or with other classes, are refused.
     """
     wanted = compose.compose(["model=tiny_random", *rows])
     typed, defaults, named = {key_of(text) for text in rows}, DataConfig(), named or rows[0]

@@ -63,18 +63,9 @@ def build_trainer(
     first: Sequence[Callback] = (),
     validated: bool = True,
 ) -> Trainer:
-    """Return the Trainer with its callbacks and loggers.
+    """Return the Trainer with its callbacks, those in ``first`` before all others, and its loggers.
 
-    Args:
-        config: configuration of the run.
-        folder: run folder.
-        monitor: the score that decides which checkpoint counts.
-        random_state: random state at the start of training.
-        first: callbacks that are called before all others.
-        validated: whether there are validation rows.
-
-    Raises:
-        ValueError: for an entry that does not resolve, or whose arguments are invalid.
+    ``random_state`` is that at the start of training; ``validated`` says whether there are validation rows.
     """
     arguments = {name: _object(f"trainer.{name}", value) for name, value in asdict(config.trainer).items()}
     if not validated:

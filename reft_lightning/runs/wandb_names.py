@@ -77,17 +77,8 @@ def wandb_arguments(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the W&B logger's entry, completed and without our own keys, and its folder and config arguments.
 
-    Without a key W&B runs offline.
-
-    Args:
-        entry: entry of the configuration.
-        config: configuration of the run.
-        folder: run folder.
-        earlier: id of the W&B run to continue.
-        inside: where W&B writes; None for the run folder.
-
-    Raises:
-        ValueError: for an unknown mode.
+    Without a key W&B runs offline. ``earlier`` is the id of the W&B run to continue, ``inside`` the folder where W&B
+    writes, by default the run folder.
     """
     values = {key: value for key, value in entry.items() if key != "log_adapter"}
     offline = "offline" if values.pop("offline", False) else None

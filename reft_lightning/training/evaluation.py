@@ -35,15 +35,10 @@ class Evaluation:
 def evaluate(
     trainer: Trainer, module: FinetuningModule, data: LightningDataModule, split: str, prefix: str = ""
 ) -> Evaluation:
-    """Evaluate the model in its current state.
+    """Evaluate the model in its current state on ``validation`` or ``test``.
 
-    Args:
-        trainer: any trainer. Its loggers are used, except for a validation after training, which evaluates the selected
-            checkpoint and is not another point on the validation curve.
-        module: contains the model.
-        data: provides the rows.
-        split: ``validation`` or ``test``.
-        prefix: prefix of the metric names, ``base/`` when the frozen base is evaluated.
+    The trainer's loggers are used, except for a validation after training, which evaluates the selected checkpoint and
+    is not another point on the validation curve. Metric names begin with ``prefix``, ``base/`` for the frozen base.
     """
     start = time.perf_counter()
     run = {"validation": trainer.validate, "test": trainer.test}[split]

@@ -98,6 +98,7 @@ class FinetuningModule(LightningModule):
     """
 
     commonest: dict[str, str]
+    generates = True
     strict_loading = False  # pyright: ignore[reportAssignmentType]  # Lightning reads it as a plain attribute
 
     def __init__(
@@ -112,7 +113,6 @@ class FinetuningModule(LightningModule):
         self.tasks = {"val": data.val_tasks, "test": data.test_tasks}
         self.optimization = optimization
         self.prefix = ""
-        self.generates = True
         self.training_pass = training_pass
         self.loss = MeanLoss()
         self.predictions: list[dict[str, Any]] = []

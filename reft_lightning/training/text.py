@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from .generation import GenerationModule
 
 
 class TextModule(GenerationModule):
     r"""Log the loss of texts and its :math:`\exp`, the perplexity; takes the arguments of :class:`GenerationModule`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.generates = False
+    generates = False
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss and the perplexity of the validation rows."""

@@ -182,13 +182,8 @@ def finish_wandb(
 ) -> None:
     """Write the results to the W&B summary, log the adapter and its data as artifacts, and finish the run.
 
-    Failures are logged as warnings, because the run folder contains everything.
-
-    Args:
-        loggers: the loggers of the first process, with or without W&B's.
-        results: contents of ``results.json``.
-        adapter: the adapter's folder; None to not upload it.
-        exit_code: 0 for a run that completed; 128 plus the signal number if it was stopped by a signal.
+    Failures are logged as warnings, because the run folder contains everything. ``exit_code`` is 0 for a run that
+    completed, and 128 plus the signal number if it was stopped by a signal.
     """
     with _warning_of("the end of the run"):
         for run in wandb_runs(loggers):
