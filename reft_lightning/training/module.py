@@ -192,11 +192,14 @@ class FinetuningModule(LightningModule):
         self.tokens += self._batch_tokens
         self._step_loss = self._step_loss + self._batch_loss
 
-    def on_train_start(self) -> None:
-        """Start the clocks, and split the tokens counted before a resume across ranks, so that their sum is kept."""
+    def on_fit_start(self) -> None:
+        """Split the tokens counted before a resume across ranks, so that their sum is kept, even if no step is left."""
         if self._tokens_before is not None:
             each, rest = divmod(self._tokens_before, self.trainer.world_size)
             self.tokens, self._tokens_before = each + (self.trainer.global_rank < rest), None
+
+    def on_train_start(self) -> None:
+        """Start the clocks."""
         self._started = time.perf_counter()
         self._window = (self.tokens, self._started)
 
@@ -316,7 +319,7 @@ class FinetuningModule(LightningModule):
         return self.train_metrics
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counts; tokens are split across ranks when training starts."""
+        """Restore the counts; tokens are split across ranks in :meth:`on_fit_start`."""
         self._tokens_before = checkpoint["tokens"]
         self.train_seconds, self.train_metrics = checkpoint["train_seconds"], checkpoint["train_metrics"]
         self._step_loss = checkpoint["step_loss"].to(self.device)

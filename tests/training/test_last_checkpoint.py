@@ -326,7 +326,9 @@ def test_a_killed_run_has_logged_every_step_that_it_does_not_take_again(data, tm
     assert len(set(seen)) > 8
 
 
-def test_a_run_that_was_killed_after_its_last_step_keeps_the_loss_of_training(data, tmp_path, monkeypatch):
+def test_a_run_that_was_killed_after_its_last_step_keeps_the_loss_and_tokens_of_training(
+    data, tmp_path, monkeypatch
+):
     from reft_lightning.runs.results import Results
 
     with monkeypatch.context() as patch:
@@ -334,4 +336,7 @@ def test_a_run_that_was_killed_after_its_last_step_keeps_the_loss_of_training(da
         with pytest.raises(short_runs.Stop):
             short_runs.run(data, tmp_path, "test=false")
     assert "train/loss" not in Results.read(tmp_path).values["metrics"]
-    assert resume(data, tmp_path, "test=false")["metrics"]["train/loss"] > 0
+    resumed = resume(data, tmp_path, "test=false")
+    assert resumed["metrics"]["train/loss"] > 0
+    assert resumed["tokens"] == short_runs.checkpoint(tmp_path)["tokens"] > 0
+    assert resumed["tokens_per_second"] > 0
