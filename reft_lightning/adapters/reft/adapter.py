@@ -122,7 +122,7 @@ def _check(model: PreTrainedModel, spec: LayerSpec, positions: Positions, site: 
         positions.share_of_images  # noqa: B018  raises for positions that are undefined there
         if cls.defines("edit_rows"):
             raise ValueError(f"{spec.method} needs the rows of a text, but {spec.component} sees only images")
-    elif positions.needs_images and not image_tokens(model.config):
+    elif "image" in kinds and not image_tokens(model.config):
         raise ValueError(
             f"positions={positions}: {type(model).__name__} reads no images. prompt:S is a share of the prompt; "
             "`given` takes a mask in each call"
