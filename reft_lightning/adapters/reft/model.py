@@ -396,14 +396,11 @@ class ReftModel(nn.Module):
             attention = tokens.new_ones((tokens.shape[0], columns), dtype=torch.long)
         written = labels if labels is not None and continues_texts(self.base_model) else None
         decoder = None
-        if self._reads_two:
-            spans = spans_of(attention, None, prompt_mask)
-            if written is not None:
-                decoder = spans_of_labels(written, kwargs.get("decoder_attention_mask"))
-        else:
-            spans = spans_of(attention, written, prompt_mask)
+        if self._reads_two and written is not None:  # labels are the decoder's tokens
+            decoder, written = spans_of_labels(written, kwargs.get("decoder_attention_mask")), None
+        spans = spans_of(attention, written, prompt_mask)
         chosen = self.adapters.chosen_by(adapter_names, len(tokens))
-        if prompt_mask is None and written is not None and not self._reads_two:
+        if prompt_mask is None and written is not None:
             self.check_prompts(spans, written, chosen[0])
         spans = self._with_marks(
             spans, chosen[0], input_ids, kwargs.get("inputs_embeds"), edit_mask, image_mask
