@@ -230,24 +230,16 @@ def load_base_model(
         loaded_tokenizer = tokenizer
     else:
         loaded_tokenizer = load_tokenizer(**place, tokenizer=tokenizer)
-    if located.source == "random":
-        fit_to_tokenizer(wanted, loaded_tokenizer, config or {})
     arguments: dict[str, Any] = {"dtype": DTYPES[dtype]}
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
+    if located.source == "random":
+        fit_to_tokenizer(wanted, loaded_tokenizer, config or {})
+    else:
+        arguments |= quantizing(quantization, device_map) if quantization else {"device_map": device_map}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if located.source == "random":
-            model = TASKS[task].from_config(wanted, **arguments)
-        else:
-            where = located.folder()
-            arguments |= quantizing(quantization, device_map) if quantization else {"device_map": device_map}
-            with bars_of_transformers():
-                model, found = TASKS[task].from_pretrained(
-                    where, revision=located.revision, config=wanted, output_loading_info=True, **arguments
-                )
-            if task == "sequence_classification":
-                check_only_heads_missing(model, found["missing_keys"], where)
+        model = _model_at(located, wanted, task, arguments)
     vocabulary = model.get_input_embeddings().num_embeddings
     if len(loaded_tokenizer) > vocabulary:
         raise ValueError(
@@ -267,6 +259,22 @@ def load_base_model(
         widen_heads(model)
     model.eval()
     return model, loaded_tokenizer
+
+
+def _model_at(
+    located: ModelPlace, config: PretrainedConfig, task: str, arguments: Mapping[str, Any]
+) -> PreTrainedModel:
+    """Draw the weights of a random model, or read those of a checkpoint."""
+    if located.source == "random":
+        return TASKS[task].from_config(config, **arguments)
+    where = located.folder()
+    with bars_of_transformers():
+        model, found = TASKS[task].from_pretrained(
+            where, revision=located.revision, config=config, output_loading_info=True, **arguments
+        )
+    if task == "sequence_classification":
+        check_only_heads_missing(model, found["missing_keys"], where)
+    return model
 
 
 def widen_logits(model: PreTrainedModel) -> None:
