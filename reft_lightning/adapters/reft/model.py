@@ -552,8 +552,8 @@ class ReftModel(nn.Module):
         """Reject rows without a prompt if a chosen adapter's positions need one, and warn about several prompts."""
         used = self._positions_of(choices)
         needy = [str(spec) for spec in used if spec.needs_prompt]
-        empty = (spans.target.any(-1) & ~spans.prompt.any(-1)).nonzero().flatten().tolist()
-        if needy and empty:
+        empty = (spans.target.any(-1) & ~spans.prompt.any(-1)).nonzero().flatten().tolist() if needy else []
+        if empty:
             raise ValueError(
                 f"rows {empty} have a label on their first token, so no prompt for the positions {needy[0]!r}: set the "
                 "labels of the prompt to -100, or pass prompt_mask"
