@@ -240,7 +240,7 @@ def load_base_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _model_at(located, wanted, task, arguments)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary: Any = model.get_input_embeddings().num_embeddings
     if len(loaded_tokenizer) > vocabulary:
         raise ValueError(
             f"the tokenizer has {len(loaded_tokenizer)} tokens, but the model embeds {vocabulary}; they do not belong "
