@@ -117,6 +117,11 @@ def by_name(*tasks: T) -> dict[str, T]:
     return {task.name: task for task in tasks}
 
 
+def any_of(*files: str) -> tuple[LocalRows, ...]:
+    """Return layouts of one file each, of which the first that exists is read."""
+    return tuple(LocalRows((file,)) for file in files)
+
+
 @dataclass(frozen=True)
 class DataSource:
     """Where a data module reads its rows.

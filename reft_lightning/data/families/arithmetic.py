@@ -63,7 +63,7 @@ from functools import partial
 
 from ..example import Example, Judgement, Row, column, text_in, texts_in
 from ..family import Family, Task
-from ..rows import HubRows, LocalRows, by_name
+from ..rows import HubRows, LocalRows, any_of, by_name
 from .extraction import LETTERS, equals, first_letter, is_number, last_number, stated_letter
 
 NO_HUB = (
@@ -218,10 +218,6 @@ def _example(task: str, parse: Parse | None, row: Row) -> Example:
     return Example(task, question, target, answer)
 
 
-def _test(name: str, *others: LocalRows) -> tuple[LocalRows, ...]:
-    return LocalRows((f"{name}/test.json",)), *others
-
-
 TASKS = by_name(
     Task(
         "AQuA",
@@ -232,7 +228,7 @@ TASKS = by_name(
                 LocalRows(("AQuA/train.jsonl",)),
                 LocalRows(("AQuA/dev.jsonl",), note=DEV_FOR_TRAIN),
             ),
-            "test": _test("AQuA", LocalRows(("AQuA/test.jsonl",), note=ORIGINAL_AQUA)),
+            "test": (LocalRows(("AQuA/test.json",)), LocalRows(("AQuA/test.jsonl",), note=ORIGINAL_AQUA)),
         },
         notes={"hub": ORIGINAL_AQUA},
     ),
@@ -241,10 +237,9 @@ TASKS = by_name(
         partial(_example, "gsm8k", gsm8k),
         hub=HubRows.splits("openai/gsm8k", "main"),
         local={
-            "train": (LocalRows(("gsm8k/train.jsonl",)),),
-            "test": _test(
-                "gsm8k",
-                LocalRows(("gsm8k/test.llm_adapters.json",)),
+            "train": any_of("gsm8k/train.jsonl"),
+            "test": (
+                *any_of("gsm8k/test.json", "gsm8k/test.llm_adapters.json"),
                 LocalRows(("gsm8k/test.jsonl",), note=ORIGINAL_GSM8K),
             ),
         },
@@ -254,8 +249,8 @@ TASKS = by_name(
         "mawps",
         partial(_example, "mawps", mawps),
         local={
-            "train": (LocalRows(("mawps/trainset.json",)),),
-            "test": _test("mawps", LocalRows(("mawps/testset.json",))),
+            "train": any_of("mawps/trainset.json"),
+            "test": any_of("mawps/test.json", "mawps/testset.json"),
         },
         notes={"hub": NO_HUB},
     ),
@@ -263,10 +258,15 @@ TASKS = by_name(
         "SVAMP",
         partial(_example, "SVAMP", svamp),
         hub={"test": (HubRows("ChilleD/SVAMP", None, "train"), HubRows("ChilleD/SVAMP", None, "test"))},
-        local={"test": _test("SVAMP", LocalRows(("SVAMP/SVAMP.json",)))},
+        local={"test": any_of("SVAMP/test.json", "SVAMP/SVAMP.json")},
         notes={"hub": HUB_SVAMP},
     ),
-    Task("AddSub", partial(_example, "AddSub", None), local={"test": _test("AddSub")}, notes={"hub": NO_HUB}),
+    Task(
+        "AddSub",
+        partial(_example, "AddSub", None),
+        local={"test": any_of("AddSub/test.json")},
+        notes={"hub": NO_HUB},
+    ),
     Task(
         "MultiArith",
         partial(_example, "MultiArith", multiarith),
@@ -276,13 +276,13 @@ TASKS = by_name(
                 HubRows("ChilleD/MultiArith", None, "test"),
             )
         },
-        local={"test": _test("MultiArith")},
+        local={"test": any_of("MultiArith/test.json")},
         notes={"hub": HUB_MULTIARITH},
     ),
     Task(
         "SingleEq",
         partial(_example, "SingleEq", None),
-        local={"test": _test("SingleEq")},
+        local={"test": any_of("SingleEq/test.json")},
         notes={"hub": NO_HUB},
     ),
 )
