@@ -217,14 +217,23 @@ def encode_pieces(
             before = np.array(leading, np.int32) if leading else ids[start - 1 : start]
             pieces.append(np.concatenate([before, ids[start : start + room]]))
             owners.append(example)
-    lengths = np.array([len(piece) for piece in pieces], np.int64)
+    rows = EncodedRows(owners, uncut(pieces, [context] * len(pieces)))
     log.info("%d %s: %d tokens to learn, in %d pieces of at most %d (data.max_length)",
-             len(examples), what, int((lengths - context).sum()), len(pieces), max_length)  # fmt: skip
-    whole = np.zeros(len(pieces), np.int32)
-    return EncodedRows(owners, {
-        "ids": np.concatenate([whole[:0], *pieces]), "ids.lengths": lengths, "prompt": whole + context,
-        "joint": np.ones(len(pieces), bool), "cut_prompt": whole, "cut_target": whole,
-    })  # fmt: skip
+             len(examples), what, sum(rows.targets), len(pieces), max_length)  # fmt: skip
+    return rows
+
+
+def uncut(rows: Sequence[np.ndarray], prompts: Sequence[int]) -> dict[str, np.ndarray]:
+    """Return the columns `TYPES` of rows of ids, given the lengths of their prompts."""
+    none = np.zeros(len(rows), np.int32)
+    return {
+        "ids": np.concatenate([np.zeros(0, np.int32), *rows]),
+        "ids.lengths": np.array([len(row) for row in rows], np.int64),
+        "prompt": np.array(prompts, np.int32),
+        "joint": np.ones(len(rows), bool),
+        "cut_prompt": none,
+        "cut_target": none,
+    }
 
 
 def encode_wholes(

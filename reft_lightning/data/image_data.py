@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..terminal.bars import Bar
-from .encoding import Collator, Encoded, EncodedRows, encode
+from .encoding import Collator, Encoded, EncodedRows, encode, uncut
 from .example import Example
 from .generation_data import GenerationData
 from .prompts import apply_template, tokenizer_of
@@ -105,9 +105,10 @@ class EncodedImages(EncodedRows):
     def __init__(
         self, processor: Any, examples: Sequence[Example], max_length: int, what: str = "rows"
     ) -> None:
-        ids = [np.zeros(0, np.int32)]
         self._types: list[dict[str, np.ndarray]] = []
-        ends: list[tuple[int, int, int]] = []  # tokens of the prompt, of the row, and cut from it
+        ids: list[np.ndarray] = []
+        prompts: list[int] = []
+        cut: list[int] = []  # tokens of targets
         with Bar(f"encoding {what}", len(examples)) as bar:
             for example in examples:
                 prompt, target, types = _tokens(processor, example)
@@ -118,22 +119,16 @@ class EncodedImages(EncodedRows):
                     )
                 row = [*prompt, *target]
                 ids.append(np.array(row[:max_length], np.int32))
-                ends.append((len(prompt), min(len(row), max_length), max(len(row) - max_length, 0)))
+                prompts.append(len(prompt))
+                cut.append(max(len(row) - max_length, 0))
                 self._types.append(types)
                 bar.advance()
-        prompts, lengths, cut = np.array(ends, np.int64).reshape(-1, 3).T
         if count := np.count_nonzero(cut):
             log.warning(
                 "%d of %d %s: target truncated on the right, without eos; a larger data.max_length keeps more",
                 count, len(examples), what,
             )  # fmt: skip
-        of_texts = {
-            "joint": np.ones(len(ends), bool),
-            "cut_prompt": np.zeros(len(ends), int),
-            "cut_target": cut,
-        }
-        tokens = {"ids": np.concatenate(ids), "ids.lengths": lengths, "prompt": prompts}
-        super().__init__(examples, tokens | of_texts)
+        super().__init__(examples, uncut(ids, prompts) | {"cut_target": np.array(cut, np.int32)})
 
     def __getitem__(self, i: int) -> EncodedImage:
         row = super().__getitem__(i)
