@@ -23,7 +23,7 @@ from .marks import Marks, unmarked, without_marks
 from .pairs import EncodedAnswers, EncodedPairs, collate_pairs, collate_sources, rejected
 from .prompts import apply_template
 from .rows import DataSource
-from .splits import Carved, Stratum, distinct, drawn, fingerprint
+from .splits import Carved, Stratum, by_task, distinct, drawn, fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -142,8 +142,8 @@ class GenerationData(BenchmarkData):
 
     def _divide(self, train: list[Example]) -> tuple[list[Example], list[Example]]:
         # rows of a mixture file have no task name; most of them can be told apart by their answer words
-        stratum = (lambda e: e.options) if self.source.mixture else (lambda e: e.task)
-        if self._bring_validation():
+        stratum = (lambda e: e.options) if self.source.mixture else by_task
+        if self._has_validation_rows():
             validation = self._read_validation(train)
         else:
             train, validation = self._carve(train, stratum)
@@ -164,17 +164,20 @@ class GenerationData(BenchmarkData):
         """Return an example as it is compared with others, that is, without marks."""
         return example if self.marks is None else without_marks(example, self.marks)
 
-    def _bring_validation(self) -> bool:
+    def _has_validation_rows(self) -> bool:
         if self.source.mixture:
             return False
-        brings = ["validation" in getattr(self.family.task(t), self.source.kind) for t in self.train_tasks]
-        if any(brings) and not all(brings):
-            without = [task for task, does in zip(self.train_tasks, brings, strict=True) if not does]
+        without = [
+            name
+            for name in self.train_tasks
+            if "validation" not in getattr(self.family.task(name), self.source.kind)
+        ]
+        if 0 < len(without) < len(self.train_tasks):
             raise ValueError(
                 f"data.train_tasks mixes tasks with and without validation rows in source {self.source.kind}; these "
                 f"have none: {', '.join(without)}"
             )
-        return all(brings)
+        return not without
 
     def _read_validation(self, train: list[Example]) -> list[Example]:
         asked = self._questions(train) if self.trained_on is None else self.trained_on
@@ -187,7 +190,7 @@ class GenerationData(BenchmarkData):
                 log.warning("%d of %d %s validation rows occur in the train rows", seen, len(rows), name)
             validation += rows
         if 0 <= (size := self._held_out(validation)) < len(validation):
-            validation = drawn(validation, size, self.split_seed, lambda example: example.task)
+            validation = drawn(validation, size, self.split_seed, by_task)
         return validation
 
     def _held_out(self, rows: list[Example]) -> int:
