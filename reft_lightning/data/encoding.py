@@ -438,11 +438,7 @@ class EncodedRows(Dataset[Encoded]):
 
 
 class Collator:
-    """Collate encoded rows into the prompt | target layout.
-
-    Args:
-        pad_token_id: the tokenizer's pad id, for masked columns.
-    """
+    """Collate encoded rows into the prompt | target layout, with `pad_token_id` in masked columns."""
 
     def __init__(self, pad_token_id: int | None) -> None:
         if pad_token_id is None:
@@ -491,11 +487,7 @@ def target_only(batch: Mapping[str, Any]) -> dict[str, Any]:
     Hugging Face causal models compare the logits of column j with the label of column j+1, so the t target columns
     also need the column before them: labels (b, t+1), `logits_to_keep` = t+1 with t = s - boundary.
 
-    Args:
-        batch: a batch of `Collator`; not modified.
-
-    Raises:
-        KeyError: if the batch has no boundary, like ordinary Hugging Face batches.
+    The batch is one of `Collator`, and is not modified.
     """
     labels: Tensor = batch["labels"]
     keep = labels.shape[1] - batch["boundary"] + 1

@@ -102,10 +102,7 @@ class GenerationData(BenchmarkData):
     def lay_out(reader: Any, example: Example, max_length: int) -> dict[str, Any]:
         """Return the batch of one example, as in training; its prompt must already have its template.
 
-        Args:
-            reader: the tokenizer, or the processor if there are pictures.
-            example: the question.
-            max_length: maximum number of tokens; a longer row loses its beginning.
+        The reader is the tokenizer, or the processor if there are pictures.
         """
         return Collator(reader.pad_token_id)([encode(reader, example, max_length)])
 

@@ -91,12 +91,6 @@ def encode_image(processor: Any, example: Example) -> EncodedImage:
 class EncodedImages(EncodedRows):
     """Encoded examples, which keep the processor's output for each text and its pictures, except the pixels.
 
-    Args:
-        processor: the model's processor.
-        examples: examples whose prompt is the text that the model reads.
-        max_length: maximum number of tokens of prompt and target together.
-        what: names the rows in the log.
-
     Raises:
         ValueError: if a prompt leaves no room for its target (it cannot be cut, because it contains pictures), or the
             processor rejects it; names the row.
@@ -179,9 +173,6 @@ class ImageCollator:
 
     A batch can mix rows with and without pictures. Most models take the pictures of all rows in a single list; some
     (Idefics3, SmolVLM) take one list per row, with shorter lists padded with zeros.
-
-    Args:
-        processor: the model's processor.
     """
 
     def __init__(self, processor: Any) -> None:

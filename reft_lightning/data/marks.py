@@ -46,10 +46,7 @@ def unmarked(example: Example, marks: Marks, needed: bool) -> Example:
 
     The prompt with its marks is recorded, because rows may differ in their marks only.
 
-    Args:
-        example: an example whose prompt is the text that the model reads.
-        marks: the marks before and after words.
-        needed: whether a prompt without marks is an error; if False, marks are removed without noting the spans.
+    If words are `needed`, a prompt without marks is an error; otherwise marks are removed without noting the spans.
 
     Raises:
         ValueError: for an unmatched mark, or marks without words between them; names the row.
