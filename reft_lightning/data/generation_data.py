@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..storage.wheels import SOURCES
 from .benchmark_data import BenchmarkData
@@ -48,6 +48,8 @@ class GenerationData(BenchmarkData):
             prompts (float). For tasks with validation rows of their own, the maximum number to read, -1 for all.
         settings: as for `BenchmarkData`.
     """
+
+    two_texts: ClassVar[bool] = False  # whether prompt and target are tokenised as separate texts
 
     def __init__(
         self,
@@ -226,7 +228,7 @@ class GenerationData(BenchmarkData):
         texts = apply_template(self.template, examples, self.tokenizer, self.system_prompt)
         if self.marks is not None:  # after the template, whose text shifts their places
             texts = [unmarked(text, self.marks, self.given) for text in texts]
-        return encode_all(self.tokenizer, texts, self.max_length, what, target_tokens)
+        return encode_all(self.tokenizer, texts, self.max_length, what, target_tokens, self.two_texts)
 
     def _collator(self, training: bool) -> Callable[[list[Any]], dict[str, Any]]:
         collate = Collator(self.tokenizer.pad_token_id)
