@@ -64,6 +64,7 @@ from functools import partial
 from ..example import Example, Judgement, Row, column, text_in, texts_in
 from ..family import Family, Task
 from ..rows import HubRows, LocalRows, any_of, by_name
+from .commonsense import instruction_of
 from .extraction import LETTERS, equals, first_letter, is_number, last_number, stated_letter
 
 NO_HUB = (
@@ -183,10 +184,9 @@ def mawps(row: Row) -> tuple[str, str, str]:
 
 def rendered(task: str, row: Row) -> Example:
     """Return the example of a test row in the LLM-Adapters schema; its output is ignored."""
-    instruction = _instruction(row)
     gold = gold_letter if task == "AQuA" else gold_number
     answer = gold(column(row, "answer"))
-    return Example(task, instruction, says(answer), answer)
+    return Example(task, instruction_of(row), says(answer), answer)
 
 
 def mixture(row: Row) -> Example:
@@ -194,16 +194,10 @@ def mixture(row: Row) -> Example:
 
     Its gold answer is used for validation rows only, and is not checked against the conclusion of the output.
     """
-    instruction, output = _instruction(row), text_in(row, "output")
+    instruction, output = instruction_of(row), text_in(row, "output")
     if not output.strip():
         raise ValueError("the output is empty, so there is nothing to learn")
     return Example("mixture", instruction, output, str(column(row, "answer")).strip())
-
-
-def _instruction(row: Row) -> str:
-    if row.get("input"):
-        raise ValueError(f"the template has no place for input {row['input']!r:.60}")
-    return text_in(row, "instruction")
 
 
 Parse = Callable[[Row], tuple[str, str, str]]
