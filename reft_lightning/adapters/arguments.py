@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.generic import TransformersKwargs
 
+from ..base_models.caches import cache_in, columns_in, with_new_name
 from ..base_models.reading import position_ids_for
 from ..base_models.stacks import reads_two_texts
 from ..suggest import did_you_mean
@@ -71,6 +72,7 @@ def forward_inputs(
     Raises:
         ValueError: if the model does not know an argument, suggesting the closest, or if there are no tokens.
     """
+    others = with_new_name(others)
     for name in others:  # the model would pass on an unknown one without ever reading it
         if known is not None and name not in known:
             raise ValueError(
@@ -103,7 +105,9 @@ def left_padded_inputs(given: dict[str, Any], model: PreTrainedModel) -> dict[st
             cache and new tokens.
     """
     # other arguments keep None, which has a meaning for eos_token_id and others
-    given = {name: value for name, value in given.items() if value is not None or name not in ROWS}
+    given = {
+        name: value for name, value in with_new_name(given).items() if value is not None or name not in ROWS
+    }
     if "inputs" in given:
         if "input_ids" in given:
             raise ValueError("the tokens are given twice, as input_ids and as inputs")
@@ -125,11 +129,10 @@ def left_padded_inputs(given: dict[str, Any], model: PreTrainedModel) -> dict[st
         )
     if reads_two_texts(model):
         return given
-    past = given.get("past_key_values")
-    if past is not None and past.get_seq_length() > 0:
+    if columns_in(cache_in(given)):
         if not mask[:, -1].all():
             raise ValueError(
-                "with past_key_values, columns cannot be moved, and new tokens follow the last one, which is padding "
+                "with a cache, columns cannot be moved, and new tokens follow the last one, which is padding "
                 "in some rows: pad the tokens after the cache on the left"
             )
         return given

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..base_models.caches import holds_columns
+from ..base_models.caches import CACHE, holds_columns
 from ..base_models.reading import keeps_its_columns
 
 COLUMNS = ("input_ids", "attention_mask", "prompt_mask")
@@ -58,8 +58,8 @@ class ColumnReader:
     The model must not change in the meantime: do not take a training step, or enter or leave ``disabled()``.
 
     Args:
-        model: an adapted model. ``forward`` takes ``past_key_values`` with masks of all columns, and returns
-            ``logits`` and ``past_key_values``.
+        model: an adapted model. ``forward`` takes a cache with masks of all columns, and returns ``logits`` and
+            the cache.
     """
 
     def __init__(self, model: Any) -> None:
@@ -116,9 +116,9 @@ class ColumnReader:
     ) -> tuple[Tensor, DynamicCache | None]:
         inputs: dict[str, Any] = {**seen, **columns, "input_ids": columns["input_ids"][:, start:]}
         if cache is not None:
-            inputs["past_key_values"] = cache
+            inputs[CACHE] = cache
         output = self.model(**inputs, logits_to_keep=keep, use_cache=True)
-        cache = output.get("past_key_values")
+        cache = output.get(CACHE)
         holds = holds_columns(cache, columns["input_ids"].shape[1]) and keeps_its_columns(
             self.model.base_model
         )

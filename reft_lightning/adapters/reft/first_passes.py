@@ -36,7 +36,7 @@ def with_critical(
     if len(counts) > 1 or tokens.shape[1] != spans.width:
         raise ValueError(
             f"positions critical:{', critical:'.join(map(str, sorted(counts)))} are found by reading the whole "
-            "prompt, for one N per call: use the same N in all layers, and give no past_key_values"
+            "prompt, for one N per call: use the same N in all layers, and pass no cache"
         )
     others = {"output_attentions": True} | ({} if embeds is None else {"inputs_embeds": embeds})
     attentions = _read(model, known, None, ids, spans.prompt.long(), others).attentions

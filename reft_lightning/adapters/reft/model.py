@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from ...base_models.caches import CACHE, RENAMED, cache_in, columns_in
 from ...base_models.checkpointing import checkpointable
 from ...base_models.heads import heads_to_train, parameters_of
 from ...base_models.loading import number_of_parameters
@@ -60,7 +61,7 @@ from .positions import MaskFunction, Positions
 from .sites import Site, hook_at
 
 log = logging.getLogger(__name__)
-CACHES = ("past_key_values", "cache_params", "state", "mems")  # base models' names for their caches
+CACHES = (CACHE, *RENAMED, "state", "mems")  # base models' names for their caches
 DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # of speculative decoding
 INSTEAD = {  # names in PEFT and pyreft -> names here
     "add_weighted_adapter": "set_adapter({name: weight, ...})",
@@ -370,8 +371,8 @@ class ReftModel(nn.Module):
         unedited base model.
 
         In training, ``loss`` includes ``penalty``, the weighted sum of the interventions' penalties. If an intervention
-        reads whole prompts (:mod:`reft_lightning.interventions.rows`), no ``past_key_values`` are returned, as they
-        would lack what it found in the prompts.
+        reads whole prompts (:mod:`reft_lightning.interventions.rows`), no cache is returned, as it would lack what
+        it found in the prompts.
 
         In a model with an encoder and a decoder, the encoder's input, or the part that ``prompt_mask`` covers, is the
         prompt. The decoder's own prompt is its input up to the first label or, without labels, its first token;
@@ -420,8 +421,8 @@ class ReftModel(nn.Module):
             penalties = [penalty for penalty in (*own, *call.penalties) if penalty is not None]
         if (seeing or penalties) and not isinstance(output, ModelOutput):
             raise ValueError("return_dict=False has no place for the interventions' outputs: leave it out")
-        if seeing and output.get("past_key_values") is not None:
-            output["past_key_values"] = None
+        if seeing and output.get(CACHE) is not None:
+            output[CACHE] = None
         if penalties:
             loss = output.get("loss")
             device = penalties[0].device if loss is None else loss.device
@@ -503,9 +504,8 @@ class ReftModel(nn.Module):
         arguments = left_padded_inputs(given, self.base_model)
         spans = spans_of(arguments["attention_mask"], None, arguments.pop("prompt_mask", None))
         masks = arguments.pop("edit_mask", None), arguments.pop("image_mask", None)
-        past = None if self._reads_two else kwargs.get("past_key_values")
         # as in Hugging Face, which cuts off the columns read
-        read = 0 if past is None else past.get_seq_length()
+        read = 0 if self._reads_two else columns_in(cache_in(kwargs)) or 0
         if self._enabled:
             check_one_text(arguments["attention_mask"], len(spans.prompt), arguments)
         chosen = self.adapters.chosen_by(adapter_names, len(spans.prompt))
