@@ -97,6 +97,7 @@ def main(
     else:  # its saved heads are compared with the base model's
         headed = any((folder / name).is_file() for name in adapterhub.HEADS)
         reft = adapterhub.from_adapters(_base_model(base or named, weights=headed), folder, method=method)
+    reft.config.base_model = base or named
     WRITERS[to](reft, out)
     log.info("converted %s, an adapter of %s, to %s in %s", folder, library, to, out)
 

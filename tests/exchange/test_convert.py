@@ -138,6 +138,16 @@ def test_other_libraries_adapters_are_read_without_the_weights(run, tmp_path, li
     assert found.positions == expected.positions
 
 
+@pytest.mark.parametrize("adapt", [rl.attach, adapt])
+def test_the_base_that_is_named_is_written(run, tmp_path, base, adapt):
+    beside = {} if adapt is rl.attach else {"beside": "peft/lora"}
+    adapt(tiny.model("llama"), "loreft", rank=2, positions="f1+l1", **beside).save_pretrained(
+        tmp_path / "mine"
+    )
+    assert run("mine", "to=reft", "base=base")[0] == 0
+    assert json.loads((tmp_path / "mine-reft" / "reft_config.json").read_text())["base_model"] == "base"
+
+
 def test_an_adapter_is_read_once(run, saved, monkeypatch):
     read = []
     monkeypatch.setattr(
