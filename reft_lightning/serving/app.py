@@ -145,6 +145,8 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
         limit = body.limit or min(ANSWER, max(room, 1))
         if not ids:
             raise Refused("the prompt is empty")
+        if engine.alone and body.strength != 1:
+            raise Refused("this adapter changes the base model itself, so strength must be 1")
         if limit > room:
             most = "the prompt and the answer together"
             if engine.two_texts:
