@@ -123,13 +123,14 @@ def attached(
     Raises:
         ValueError: if it does not fit the model; the message names the folder.
     """
-    first = dict(next(iter(layers.values())))
-    shared = {key for key, value in first.items() if all(own.get(key) == value for own in layers.values())}
-    method = first["method"]
+    first = next(iter(layers.values()))
+    shared = {
+        key: value for key, value in first.items() if all(own.get(key) == value for own in layers.values())
+    }
     own = {layer: {k: v for k, v in values.items() if k not in shared} for layer, values in layers.items()}
-    common = {key: first[key] for key in first if key in shared and key != "method"}
+    listed = own if any(own.values()) else list(own)
     with naming(folder), all_or_nothing(base_model), unseen_draws():
-        listed = own if any(own.values()) else list(own)
-        reft = in_memory(attach(base_model, method, layers=listed, **common, **settings))
+        reft = attach(base_model, **{"method": first["method"], **shared}, layers=listed, **settings)
+        in_memory(reft)
         reft.load_adapter_state_dict(state)
         return reft.eval()
