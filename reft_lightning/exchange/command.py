@@ -7,21 +7,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedModel
 
+from ..adapters.adapt import build_on_meta
 from ..adapters.reft.base_of import load_base_of, naming_base
 from ..adapters.reft.config import CONFIG_FILE, ReftConfig, check_architecture
 from ..adapters.reft.model import ReftModel
 from ..adapters.saving import adapter_of, load_adapter, warn_of_half
-from ..base_models.decoders import is_decoder
 from ..storage.reading import naming, read_json
 from . import adapterhub, control_vector, easysteer, pyreft
 from .foreign import check_not_joint, in_memory
@@ -134,10 +127,6 @@ def _base_model(name: str, weights: bool) -> PreTrainedModel:
     """Return the base model of another library's adapter; without weights, it is on the meta device."""
     with naming_base(name, INSTEAD):
         config = AutoConfig.from_pretrained(name)
-        kind = AutoModelForCausalLM if is_decoder(config) else AutoModel
-        if str((config.architectures or [""])[0]).endswith("ForSequenceClassification"):
-            kind = AutoModelForSequenceClassification
-        if weights:
-            return kind.from_pretrained(name)
-        with torch.device("meta"):
-            return kind.from_config(config)
+        classifies = str((config.architectures or [""])[0]).endswith("ForSequenceClassification")
+        on_meta = build_on_meta(config, "sequence_classification" if classifies else "causal_lm")
+        return type(on_meta).from_pretrained(name) if weights else on_meta
