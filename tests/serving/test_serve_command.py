@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -17,6 +18,7 @@ from laws import shaken
 
 import reft_lightning as rl
 from reft_lightning import cli
+from reft_lightning.adapters.adapt import adapt
 from reft_lightning.runs import chat
 from reft_lightning.serving.command import load_adapters
 
@@ -86,10 +88,37 @@ def test_each_name_is_that_of_its_own_adapter(tmp_path):
         )
 
 
-def test_an_adapter_with_a_head_of_its_own_is_refused_at_the_start(tmp_path):
-    rl.attach(tiny.model("llama"), rank=2, heads=["lm_head"]).save_pretrained(tmp_path / "headed")
-    with pytest.raises(ValueError, match="headed: it has a trained head"):
-        load_adapters(tiny.model("llama"), {"headed": tmp_path / "headed"})
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"heads": ["lm_head"]}, "it has a trained head"), ({"beside": "peft/lora"}, "it was trained together")],
+)
+def test_an_adapter_that_changes_all_requests_is_not_served_with_others(tmp_path, settings, said):
+    for name, own in (("changing", settings), ("plain", {})):
+        adapt(tiny.model("llama"), "loreft", rank=2, positions="l1", **own).save_pretrained(tmp_path / name)
+    with pytest.raises(ValueError, match=f"changing: {said}.*: serve it on its own"):
+        load_adapters(tiny.model("llama"), {name: tmp_path / name for name in ("changing", "plain")})
+    with pytest.raises(ValueError, match=r"changing: .*base model of its own"):
+        load_adapters(tiny.model("llama"), {name: tmp_path / name for name in ("plain", "changing")})
+
+
+@pytest.mark.parametrize("change", ["intervention=loreft_lora", "intervention.heads=[lm_head]"])
+def test_an_adapter_that_changes_all_requests_is_served_on_its_own(monkeypatch, tmp_path, change):
+    rows = short_runs.write_rows(tmp_path / "rows")
+    short_runs.run(rows, tmp_path / "changing", change, "optimizer.lr=0.3", "test=false")
+    text = chat.Conversation(*chat.load(tmp_path / "changing"), max_new_tokens=8).ask("is zorb kept?")[1]
+    servers = []
+    monkeypatch.setattr("uvicorn.Server.run", lambda server: servers.append(server))
+    monkeypatch.setattr(sys, "argv", ["reft-serve", str(tmp_path / "changing")])
+    cli.serve()
+    with TestClient(servers[0].config.app) as client:
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["changing"]
+        body = {"model": "changing", "prompt": "is zorb kept?", "temperature": 0, "max_tokens": 8}
+        with ThreadPoolExecutor() as pool:
+            answers = list(pool.map(lambda _: client.post("/v1/completions", json=body), range(3)))
+        assert {answer.json()["choices"][0]["text"].strip() for answer in answers} == {text}
+        refused = client.post("/v1/completions", json=body | {"strength": 0.5})
+        assert refused.status_code == 400
+        assert "strength must be 1" in refused.json()["error"]["message"]
 
 
 def test_an_adapter_of_a_base_of_another_name_is_named(monkeypatch, caplog, folder, tmp_path):

@@ -92,10 +92,14 @@ def hidden_of(output: Any) -> Any:
     return output[0] if type(output) in (tuple, list) else output
 
 
-def hook_at(module: nn.Module, end: str, change: Change) -> RemovableHandle:
-    """Hook a function that replaces the hidden states at one end of a module, or returns None to leave them."""
+def hook_at(module: nn.Module, end: str, change: Change, first: bool = False) -> RemovableHandle:
+    """Hook a function that replaces the hidden states at one end of a module, or returns None to leave them.
+
+    ``first`` puts it before earlier hooks on the output. transformers collects hidden states with such hooks from the
+    first pass that needs them, and some models read images from what it collected in the vision tower.
+    """
     if end == "output":
-        return module.register_forward_hook(partial(_after, change))
+        return module.register_forward_hook(partial(_after, change), prepend=first)
     return module.register_forward_pre_hook(partial(_before, change), with_kwargs=True)
 
 
@@ -166,7 +170,7 @@ def layers_with(model: PreTrainedModel, component: Any) -> int:
     if component == CONNECTOR:
         return 1
     if component == VISION:
-        return len(_vision_blocks(model)[1])
+        return len(vision_blocks(model)[1])
     return number_of_layers(model, stack_of(model, component)[0])
 
 
@@ -258,16 +262,11 @@ def _site(model: PreTrainedModel, block: str, layer: int, component: str, stack:
     return Site(layer, path, end, width_at(module, end, config.hidden_size))
 
 
-def _vision_blocks(model: PreTrainedModel) -> tuple[str, Any]:
-    path = vision_blocks(model)
-    return path, model.get_submodule(path)
-
-
 def _visual_site(model: PreTrainedModel, layer: int, component: str, width: int) -> Site:
     if component == CONNECTOR:
         check_layers([layer], 1)
         return Site(layer, connector_path(model), "output", width, visual=True)
-    path, blocks = _vision_blocks(model)
+    path, blocks = vision_blocks(model)
     check_layers([layer], len(blocks))
     return Site(layer, f"{path}.{layer}", "output", width_of_block(blocks[layer]), visual=True)
 
