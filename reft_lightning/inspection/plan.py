@@ -44,6 +44,7 @@ from ..data.text_to_text import side_by_side
 from ..evaluation.prefix_reader import SOURCES
 from ..runs.arguments import method_of, needs_marks
 from ..runs.build import Outline, outline, prepare
+from ..runs.checks import check_batches
 from ..runs.kinds import kind_of
 from ..runs.own_process import ranks_of
 from ..runs.trainer import quiet_lightning
@@ -127,6 +128,7 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
                 "tokens of images; the vision tower is not counted"
             )
         run = prepare(config, run)
+        check_batches(config, run.data, _ranks(config))
         batches, rows = _batches_of(run.data)
     else:
         rows = {}
