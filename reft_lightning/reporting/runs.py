@@ -16,7 +16,7 @@ from typing import Any
 from ..config.identity import flat, identity, used_settings
 from ..config.schema import Config
 from ..search.study_files import LOCKS, PLAN, TRIALS, WORKERS, read_job
-from ..storage.predictions import read_predictions
+from ..storage.predictions import Key, read_predictions
 from ..storage.reading import read_json, read_yaml
 from ..terminal.bars import Bar
 
@@ -117,28 +117,12 @@ class Run:
         """Return what the run recorded about a task: the ``kind`` of its predictions, and the ``labels`` of classes."""
         return (self.results.get("tasks") or {}).get(name, {})
 
-    def predictions(self, split: str, base: bool = False) -> Predictions:
-        """Return the rows of a split, parsed once."""
-        path = self.folder / "predictions" / f"{'base' if base else 'reft'}_{split}.jsonl"
-        if path not in self._parsed:
-            found: Predictions = defaultdict(dict)
-            for (task, source, number), row in sorted(
-                read_predictions(path).items(), key=lambda pair: pair[0]
-            ):
-                found[task][source, number] = row
-            self._parsed[path] = found
-        return self._parsed[path]
-
     def rows(self, split: str, task: str, base: bool = False) -> Mapping[tuple[str, int], Mapping[str, Any]]:
         """Return the rows of a task; for :data:`ALL`, the texts of every task, reassembled from their pieces."""
-        predictions = self.predictions(split, base)
-        if task != ALL:
-            return predictions.get(task, {})
-        found: dict[tuple[str, int], list[Mapping[str, Any]]] = defaultdict(list)
-        for number, name in enumerate(sorted(predictions)):
-            for (source, _), row in predictions[name].items():
-                found[source, number].append(row)
-        return {key: _whole(pieces) for key, pieces in found.items()}
+        path = self.folder / "predictions" / f"{'base' if base else 'reft'}_{split}.jsonl"
+        if path not in self._parsed:
+            self._parsed[path] = _by_task(read_predictions(path))
+        return self._parsed[path].get(task, {})
 
     def curve(self, column: str) -> list[tuple[int, float]]:
         """Return (step, value) of one column of the CSV logs, from all parts of a resumed run.
@@ -258,6 +242,17 @@ def _problem(run: Run) -> str | None:
         if not isinstance(run.results[name], kind)
     ]
     return f"results.json: {', '.join(wrong)}" if wrong else None
+
+
+def _by_task(rows: Mapping[Key, Mapping[str, Any]]) -> Predictions:
+    found: Predictions = defaultdict(dict)
+    for task, source, number in sorted(rows):
+        found[task][source, number] = rows[task, source, number]
+    texts: dict[tuple[str, int], list[Mapping[str, Any]]] = defaultdict(list)
+    for number, of_task in enumerate(found.values()):
+        for (source, _), row in of_task.items():
+            texts[source, number].append(row)
+    return {**found, ALL: {key: _whole(pieces) for key, pieces in texts.items()}}
 
 
 def _whole(pieces: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
