@@ -26,18 +26,18 @@ from ..storage.atomic import write_json
 from ..storage.reading import read_json
 from ..suggest import needs_extra, no_such_folder
 from ..terminal.bars import Bar
+from ..terminal.lines import say
 from . import findings
 from .figures import draw
 from .perplexity import OWN, windows
 from .view import show
 
 log = logging.getLogger(__name__)
-ROWS = 32
 
 
 def main(
     folders: Sequence[Path],
-    rows: int = ROWS,
+    rows: int = 32,
     forget: Sequence[str] = (),
     text: Path | None = None,
     out: Path | None = None,
@@ -73,7 +73,7 @@ def main(
     pictures = draw(found, out)
     show(found, console)
     for path in (out / "inspect.json", *pictures):
-        console.print(str(path), soft_wrap=True, highlight=False, markup=False)
+        say(console, str(path))
     return found
 
 

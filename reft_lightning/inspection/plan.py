@@ -48,6 +48,7 @@ from ..runs.checks import check_batches
 from ..runs.kinds import kind_of
 from ..runs.own_process import ranks_of
 from ..runs.trainer import quiet_lightning
+from ..terminal.lines import say
 from ..terminal.sizes import size
 from ..training.module import optimizer_steps
 from ..training.objectives import SFT
@@ -387,13 +388,10 @@ def file_bytes(state: Mapping[str, Tensor]) -> int:
 
 def show(found: Mapping[str, Any], console: Console) -> None:
     """Print the plan."""
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False)
-
+    tell = partial(say, console)
     trained, base, heads = (found[f"{name}_parameters"] for name in ("trainable", "base", "head"))
     percent = f"{100 * trained / base:.4f} % of {base:,}" + (f"; {heads:,} of heads" if heads else "")
-    say(f"{found['model']}, {found['method']}: {trained:,} trained parameters, {percent}")
+    tell(f"{found['model']}, {found['method']}: {trained:,} trained parameters, {percent}")
     table = Table("", *(f"{name} batch" for name in found["batches"]))
     lines = {
         "rows x columns, including padding": lambda c: f"{c['rows']} x {c['columns']}",
@@ -409,16 +407,16 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     for name, value in lines.items():
         table.add_row(name, *(value(cost) for cost in found["batches"].values()))
     console.print(table)
-    say(f"the base: {size(found['base_bytes'])}; gradients and Adam's moments: {size(found['optimizer_bytes'])}; "
-        f"the adapter's file: {size(found['adapter_bytes'])}")  # fmt: skip
+    tell(f"the base: {size(found['base_bytes'])}; gradients and Adam's moments: {size(found['optimizer_bytes'])}; "
+         f"the adapter's file: {size(found['adapter_bytes'])}")  # fmt: skip
     if "epoch_batches" in found:
         steps = f"{found['optimizer_steps']:,}" if "optimizer_steps" in found else "no fixed number of"
-        say(f"an epoch over all rows has {found['epoch_tokens']:,} tokens and {found['epoch_batches']:,} batches; "
-            f"{steps} optimizer steps in total")  # fmt: skip
+        tell(f"an epoch over all rows has {found['epoch_tokens']:,} tokens and {found['epoch_batches']:,} batches; "
+             f"{steps} optimizer steps in total")  # fmt: skip
     if gpu := found.get("gpu"):
         several = f"each of {gpu['count']} " if gpu["count"] > 1 else "one "
         whole = f", {gpu['seconds']:.3g} s in total" if "seconds" in gpu else ""
-        say(f"{several}{gpu['name']}: at least {size(gpu['bytes'])} of its {size(gpu['memory'])}, "
-            f"{1000 * gpu['batch_seconds']:.3g} ms per batch{whole}, at its data sheet's peak rate")  # fmt: skip
+        tell(f"{several}{gpu['name']}: at least {size(gpu['bytes'])} of its {size(gpu['memory'])}, "
+             f"{1000 * gpu['batch_seconds']:.3g} ms per batch{whole}, at its data sheet's peak rate")  # fmt: skip
     for note in found["notes"]:
-        say(note)
+        tell(note)
