@@ -15,6 +15,7 @@ from ..adapters.methods import method_named
 from ..adapters.reft.config import CONFIG_FILE
 from ..adapters.reft.measuring import saved_interventions
 from ..adapters.reft.sites import HEAD
+from ..config.schema import Config
 from ..interventions import intervention_class, method_name
 from ..runs.arguments import method_of, needs_marks, untrained
 from ..runs.build import Objects, prepare
@@ -122,15 +123,18 @@ def _subspaces(run: Path, adapter: Path) -> findings.Subspaces:
     )
 
 
+def _with_rows(config: Config, rows: int) -> Config:
+    """Read so many validation rows, and train rows only as far as the validation split needs them."""
+    return replace(config, data=replace(config.data, limit_validation=rows, limit_train=1))
+
+
 def _inspect(folder: Path, rows: int, forget: Sequence[str], text: Path | None, out: Path) -> dict[str, Any]:
     config = load_run_config(folder)
-    # train rows are read only as far as the validation split needs them
-    data = replace(config.data, limit_validation=rows, limit_train=1)
-    config = replace(config, data=data, test=False, evaluate_base=False)
-    other = on_other_rows(config, forget, forget[0].replace("data=", "forget=")) if forget else None
-    if other:
-        other = replace(other, data=replace(other.data, limit_validation=rows, limit_train=1))
-    prepared = prepare(untrained(other)) if other else None
+    config = replace(_with_rows(config, rows), test=False, evaluate_base=False)
+    other = prepared = None
+    if forget:
+        other = _with_rows(on_other_rows(config, forget, forget[0].replace("data=", "forget=")), rows)
+        prepared = prepare(untrained(other))
     plan = prepare(untrained(config))
     if not plan.data.val_tasks:
         raise ValueError(f"{folder} has no validation rows, which inspection needs")

@@ -132,17 +132,9 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
         check_batches(config, run.data, _ranks(config))
         batches, rows = _batches_of(run.data)
     else:
-        rows = {}
-        batch = _batch(run, config.data.batch_size * (1 + run.objective.pairs), prompt, target)
-        if config.data.source_prompt:
-            ids, mask = (batch[name][:, :prompt] for name in ("input_ids", "attention_mask"))
-            batch |= {"source_ids": ids, "source_mask": mask}
-        if needs_marks(config.intervention):
-            batch["edit_mask"] = batch["prompt_mask"]
-        batches = {"given": batch}
+        batches, rows = {"given": _given(run, config, prompt, target)}, {}
     base, notes = _build(run)
-    if prompt is not None and needs_marks(config.intervention):
-        notes.append("positions `given`: counted as if the whole prompt were marked")
+    notes += _notes(config, run, prompt is not None)
     base.to(getattr(torch, config.model.dtype))
     if run.source["task"] == "sequence_classification" and config.model.float32_logits:
         widen_heads(base)
@@ -159,25 +151,6 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
         state = model.adapter_state_dict()
     except NotImplementedError:  # peft copies the values of virtual tokens to the CPU
         state = trained
-    if type(run.objective) is not SFT:
-        notes.append(
-            f"objective {type(run.objective).__name__}: only one pass with the edits is counted, not its passes of the "
-            "frozen base or with nulled edits"
-        )
-    if any(
-        str(entry.get("_target_")).endswith("GradientAccumulationScheduler")
-        for entry in config.callbacks.values()
-    ):
-        notes.append(
-            "callbacks: the count of steps ignores gradient accumulation that changes between epochs"
-        )
-    precision, counted = config.trainer.precision, f"counted in model.dtype={config.model.dtype}"
-    if config.model.gradient_checkpointing:
-        notes.append("gradient checkpointing saves less for the backward pass and recomputes it: not counted")
-    if config.model.quantization:
-        notes.append(f"model.quantization: the base is {counted}")
-    if "mixed" in str(precision):
-        notes.append(f"trainer.precision={precision}: {counted}")
     return {
         "model": config.model.name, "method": method_of(config), "trainable_parameters": run.count.trainable,
         "head_parameters": sum(p.numel() for p in model.parameter_roles()["head"]),
@@ -189,6 +162,24 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
         },
         **_steps(config, rows), "notes": notes,
     }  # fmt: skip
+
+
+def _notes(config: Config, run: Outline, given: bool) -> list[str]:
+    """Return what the plan of a configuration does not count, or counts otherwise."""
+    precision, counted = config.trainer.precision, f"counted in model.dtype={config.model.dtype}"
+    callbacks = [str(entry.get("_target_")) for entry in config.callbacks.values()]
+    scheduled = any(name.endswith("GradientAccumulationScheduler") for name in callbacks)
+    notes = {
+        "positions `given`: counted as if the whole prompt were marked": given and needs_marks(config.intervention),
+        f"objective {type(run.objective).__name__}: only one pass with the edits is counted, not its passes of the "
+        "frozen base or with nulled edits": type(run.objective) is not SFT,
+        "callbacks: the count of steps ignores gradient accumulation that changes between epochs": scheduled,
+        "gradient checkpointing saves less for the backward pass and recomputes it: not counted":
+            config.model.gradient_checkpointing,
+        f"model.quantization: the base is {counted}": config.model.quantization,
+        f"trainer.precision={precision}: {counted}": "mixed" in str(precision),
+    }  # fmt: skip
+    return [note for note, holds in notes.items() if holds]
 
 
 # --- batches ------------------------------------------------------------------------------------------------------
@@ -204,12 +195,21 @@ def _batches_of(data: Any) -> tuple[dict[str, Batch], dict[str, int]]:
     return {"median": middle, "largest": largest}, {"batches": len(batches), "tokens": tokens}
 
 
-def _batch(run: Outline, rows: int, prompt: int, target: int) -> Batch:
+def _given(run: Outline, config: Config, prompt: int, target: int) -> Batch:
+    """Return a batch of rows of these lengths."""
+    rows = config.data.batch_size * (1 + run.objective.pairs)
     if kind_of(run.family).generates:
         collate = partial(side_by_side, 0) if run.source["task"] == "seq2seq_lm" else Collator(0)
-        return collate([Encoded([0] * prompt, [0] * target, Example("", "", "", ""))] * rows)
-    ids = torch.zeros(rows, prompt, dtype=torch.long)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        batch = collate([Encoded([0] * prompt, [0] * target, Example("", "", "", ""))] * rows)
+    else:
+        ids = torch.zeros(rows, prompt, dtype=torch.long)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if config.data.source_prompt:
+        ids, mask = (batch[name][:, :prompt] for name in ("input_ids", "attention_mask"))
+        batch |= {"source_ids": ids, "source_mask": mask}
+    if needs_marks(config.intervention):
+        batch["edit_mask"] = batch["prompt_mask"]
+    return batch
 
 
 def _steps(config: Config, rows: Mapping[str, int]) -> dict[str, int]:
