@@ -87,8 +87,7 @@ def facts_of(run: Run, split: str) -> tuple[dict[str, str], str]:
         "evaluated rows": "all" if limit is None else f"at most {limit:,} per task",
         "template": str(data.get("template") or "none"),
     }
-    revision = run.config.get("model.revision")
-    if revision:
+    if revision := run.config.get("model.revision"):
         facts["revision"] = str(revision)
     return facts, json.dumps([facts, prints, carved, seed], sort_keys=True, default=str)
 

@@ -208,7 +208,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[LeftOut], list[R
             else:
                 runs.append(run)
             bar.advance()
-    return runs, left, sorted(reads, key=lambda read: (read.time, str(read.folder)))
+    return runs, left, reads
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
@@ -267,7 +267,6 @@ def _whole(pieces: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 def _reads(run: Run) -> list[Read]:
     results = run.results
-    recorded = [read for read in results.get("test_reads") or [] if isinstance(read, dict)]
     return [
         Read(
             folder=run.folder, configuration=run.configuration, seed=results.get("seed"),
@@ -276,7 +275,7 @@ def _reads(run: Run) -> list[Read]:
             rows=int(read.get("rows") or 0), time=str(read.get("time", "")),
             model=str(read.get("model", "adapted")),
         )
-        for read in recorded
+        for read in results.get("test_reads") or [] if isinstance(read, dict)
     ]  # fmt: skip
 
 
