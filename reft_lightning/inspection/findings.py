@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +111,7 @@ def find(run: Inspected, step: Step = lambda what: None) -> dict[str, Any]:
         found["logit_lens"], left_out = _lens(run, reft, norms)
         found["not_inspected"] += left_out
     found["without"] = _without(run, reft, step)
-    found["strength"] = [{"scale": scale, **scores} for scale, scores in _strengths(run, reft, step)]
+    found["strength"] = _strengths(run, reft, step)
     return found
 
 
@@ -216,20 +216,16 @@ def _without(run: Inspected, reft: ReftModel, step: Step) -> dict[str, Any]:
     }
 
 
-def _strengths(run: Inspected, reft: ReftModel, step: Step) -> Iterator[tuple[float, Scores]]:
-    for scale in SCALES:
-        step(f"strength {scale:g}")
-        with _scaled(reft, reft.scale * scale):
-            yield scale, run.everything()
-
-
-@contextmanager
-def _scaled(reft: ReftModel, scale: float) -> Iterator[None]:
-    before, reft.scale = reft.scale, scale
+def _strengths(run: Inspected, reft: ReftModel, step: Step) -> list[Scores]:
+    trained, curve = reft.scale, []
     try:
-        yield
+        for scale in SCALES:
+            step(f"strength {scale:g}")
+            reft.scale = trained * scale
+            curve.append({"scale": scale, **run.everything()})
     finally:
-        reft.scale = before
+        reft.scale = trained
+    return curve
 
 
 def main_score(scores: Scores) -> str:

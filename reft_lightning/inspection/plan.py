@@ -48,12 +48,13 @@ from ..runs.checks import check_batches
 from ..runs.kinds import kind_of
 from ..runs.own_process import ranks_of
 from ..runs.trainer import quiet_lightning
+from ..suggest import check_choice
 from ..terminal.lines import say
 from ..terminal.sizes import size
 from ..training.module import optimizer_steps
 from ..training.objectives import SFT
 from ..training.objectives.base import inputs_of
-from .gpus import GPU, gpu_named
+from .gpus import GPU, GPUS
 
 COUNTED = (  # trainer keys that determine the number of steps
     "max_epochs", "max_steps", "max_time", "fast_dev_run", "limit_train_batches", "overfit_batches",
@@ -104,11 +105,12 @@ def main(
     Raises:
         ValueError, OSError: for anything that ``reft-train`` refuses, or a model that does not run without weights.
     """
-    named = None if gpu is None else gpu_named(gpu)
+    if gpu is not None:
+        check_choice("gpu", gpu, GPUS)
     config = compose.compose(overrides)
     found = plan(config, prompt, target or 1)
-    if named is not None:
-        found["gpu"] = {"name": gpu, **on_gpu(found, config, named)}
+    if gpu is not None:
+        found["gpu"] = {"name": gpu, **on_gpu(found, config, GPUS[gpu])}
     show(found, Console(soft_wrap=True))
     return found
 
