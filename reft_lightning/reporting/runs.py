@@ -102,16 +102,14 @@ class Run:
         files = list((self.folder / "adapter").rglob("*.safetensors"))  # peft's are in a subfolder
         return sum(file.stat().st_size for file in files) if files else None
 
-    def scores(self, split: str, base: bool = False) -> dict[str, dict[str, float]]:
-        """Return task -> measure -> value for a split (``test`` or ``validation``)."""
+    def metrics(self, split: str, base: bool = False) -> dict[str, float]:
+        """Return name -> value for a split (``test`` or ``validation``); names are ``task/measure``, or a measure."""
         prefix = ("base/" if base else "") + ("test/" if split == "test" else "val/")
-        found: dict[str, dict[str, float]] = defaultdict(dict)
-        for name, value in self.results["metrics"].items():
-            if name.startswith(prefix) and name.count("/") > prefix.count("/"):
-                task, _, measure = name.removeprefix(prefix).rpartition("/")
-                # JSON without NaN writes null
-                found[task][measure] = float(value) if isinstance(value, int | float) else math.nan
-        return dict(found)
+        return {
+            # JSON without NaN writes null
+            name.removeprefix(prefix): float(value) if isinstance(value, int | float) else math.nan
+            for name, value in self.results["metrics"].items() if name.startswith(prefix)
+        }  # fmt: skip
 
     def task(self, name: str) -> Mapping[str, Any]:
         """Return what the run recorded about a task: the ``kind`` of its predictions, and the ``labels`` of classes."""
