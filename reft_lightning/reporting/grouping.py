@@ -246,25 +246,8 @@ def unequal_budgets(methods: Sequence[Method]) -> list[str]:
 
 def _remarks(comparison: Comparison) -> list[str]:
     """Return notes for the reader on the runs of a comparison."""
-    said: list[str] = []
     methods = [method for method in comparison.methods if not method.base]
-    seeds = {method.label: method.seeds for method in methods}
-    if len({tuple(s) for s in seeds.values()}) > 1:
-        each = "; ".join(f"{label}: {', '.join(map(str, s))}" for label, s in seeds.items())
-        said.append(f"the methods have different seeds: {each}")
-    if any(len(s) == 1 for s in seeds.values()):
-        said.append(
-            "with one seed there is no deviation, intervals and tests are over rows only, and nothing is known about "
-            "other seeds"
-        )
-    few = {label: len(s) for label, s in seeds.items() if 1 < len(s) < FEW}
-    if few:
-        each = ", ".join(f"{label} {count}" for label, count in few.items())
-        said.append(
-            f"fewer than {FEW} seeds ({each}): too few to estimate the spread well, so intervals and p-values use "
-            "Student's t: they are wide, and valid if scores are normal over seeds"
-        )
-    said += _diverged(methods)
+    said = [*_on_seeds(methods), *_diverged(methods)]
     begun = [m.label for m in methods if m.runs[0].settings.get("intervention.init_from")]
     if begun:
         said.append(
@@ -298,6 +281,27 @@ def _remarks(comparison: Comparison) -> list[str]:
     for task in comparison.main if comparison.split == "test" else ():
         if overlap := max((facts.get(task, {}).get("overlap", 0) for facts in tests), default=0):
             said.append(f"{task}: {overlap} test rows occur among the training rows")
+    return said
+
+
+def _on_seeds(methods: Sequence[Method]) -> list[str]:
+    said: list[str] = []
+    seeds = {method.label: method.seeds for method in methods}
+    if len({tuple(s) for s in seeds.values()}) > 1:
+        each = "; ".join(f"{label}: {', '.join(map(str, s))}" for label, s in seeds.items())
+        said.append(f"the methods have different seeds: {each}")
+    if any(len(s) == 1 for s in seeds.values()):
+        said.append(
+            "with one seed there is no deviation, intervals and tests are over rows only, and nothing is known about "
+            "other seeds"
+        )
+    few = {label: len(s) for label, s in seeds.items() if 1 < len(s) < FEW}
+    if few:
+        each = ", ".join(f"{label} {count}" for label, count in few.items())
+        said.append(
+            f"fewer than {FEW} seeds ({each}): too few to estimate the spread well, so intervals and p-values use "
+            "Student's t: they are wide, and valid if scores are normal over seeds"
+        )
     return said
 
 

@@ -71,7 +71,7 @@ class Run:
     @cached_property
     def method(self) -> str:
         """Return the name of the method: for a winner the one in its study, else the intervention's."""
-        return str(self.winner.get("method", self.results["method"]))
+        return str(self.winner.get("method", self.results.get("method", "")))
 
     @cached_property
     def winner(self) -> Mapping[str, Any]:
@@ -269,9 +269,8 @@ def _reads(run: Run) -> list[Read]:
         Read(
             folder=run.folder, configuration=run.configuration, seed=results.get("seed"),
             hash=str(read.get("config_hash") or results.get("config_hash", "")),
-            method=str(run.winner.get("method", results.get("method", ""))), task=str(read.get("task", "")),
-            rows=int(read.get("rows") or 0), time=str(read.get("time", "")),
-            model=str(read.get("model", "adapted")),
+            method=run.method, task=str(read.get("task", "")), rows=int(read.get("rows") or 0),
+            time=str(read.get("time", "")), model=str(read.get("model", "adapted")),
         )
         for read in results.get("test_reads") or [] if isinstance(read, dict)
     ]  # fmt: skip
