@@ -406,7 +406,7 @@ def chat(argv: Sequence[str]) -> None:
         from .runs import chat as conversation
 
     with _names_of(options.pop("trust_code", False)):
-        conversation.main(run_dir, **options)
+        conversation.main(run_dir, options.get("max_new_tokens", 64), options.get("template"))
 
 
 def _plan(argv: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ from ..runs.other_rows import on_other_rows
 from ..runs.run_folder import load_run_config
 from ..storage.atomic import write_json
 from ..storage.reading import read_json
-from ..suggest import needs_extra, no_such_folder
+from ..suggest import needs_extra
 from ..terminal.bars import Bar
 from ..terminal.lines import say
 from . import findings
@@ -80,8 +80,6 @@ def main(
 
 def _run_of(folder: Path) -> Path:
     """Return the run folder of a run or its adapter, or the folder of an adapter without a run."""
-    if not folder.is_dir():
-        raise ValueError(no_such_folder(folder))
     for place in (folder, folder.parent):
         if (place / "config.yaml").is_file() and (place / "adapter").is_dir():
             return place
