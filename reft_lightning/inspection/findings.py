@@ -183,11 +183,10 @@ def _lens(run: Inspected, reft: ReftModel, norms: EditNorms) -> tuple[list[dict[
         with torch.no_grad():
             for number, phi in enumerate(group):
                 of = f" ({number})" if len(group) > 1 else ""
-                directions = phi.directions
                 zero = torch.zeros(1, phi.dim, device=next(phi.parameters()).device)
                 named.append((f"constant{of}", reft.scale * phi.edit(zero)[0]))
-                rows = [] if directions is None else list(directions)
-                named += [(f"row {k}{of}", row) for k, row in enumerate(rows)]
+                rows = phi.directions
+                named += [(f"row {k}{of}", row) for k, row in enumerate([] if rows is None else rows)]
         directions = torch.stack([vector.to(base.device) for _, vector in named])
         logits = logits_of(base, torch.cat([directions, -directions]))
         tops = [[repr(tokenizer.decode([i])) for i in row] for row in logits.topk(TOKENS).indices.tolist()]

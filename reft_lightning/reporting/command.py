@@ -127,11 +127,10 @@ def print_report(report: Report, console: Console) -> None:
             tell(line)
         console.print()
     for study in report.studies:
-        best = {method: trial for method in study.trials if (trial := study.best(method))}
         said = ", ".join(
-            f"{method} {tables.number(trial.value, study.measure)} (trial {trial.number})"
-            for method, trial in best.items()
-        )
+            f"{method} {tables.number(best.value, study.measure)} (trial {best.number})"
+            for method in study.trials if (best := study.best(method))
+        )  # fmt: skip
         tell(f"study {study.folder}: best {tables.monitored(study)}: {said}; {study.budget}")
         for note in tables.study_table(study).notes:
             tell(note)

@@ -120,9 +120,8 @@ def _numbered(names: Sequence[str], form: str) -> list[str]:
 def _comparison(runs: Sequence[Run], facts: dict[str, str], split: str) -> Comparison:
     notes: list[str] = []
     by_settings: dict[str, dict[int, Run]] = defaultdict(dict)
-    for run in sorted(
-        runs, key=lambda run: (run.seed, str(run.results.get("finished", "")), str(run.folder))
-    ):
+    by_end = sorted(runs, key=lambda run: (run.seed, str(run.results.get("finished", "")), str(run.folder)))
+    for run in by_end:
         seeds = by_settings[run.configuration]
         if run.seed in seeds:
             notes.append(f"{run.method}: seed {run.seed} ran more than once; the last complete run counts")
