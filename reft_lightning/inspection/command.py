@@ -55,7 +55,7 @@ def main(
     """
     with needs_extra("report", "the figures need matplotlib"):
         import matplotlib  # noqa: F401
-    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    console = console or Console(width=None if sys.stdout.isatty() else 120, emoji=False)
     runs = [_run_of(folder) for folder in folders]
     out = out or runs[0] / "inspection"
     angles = _compare(runs)

@@ -61,7 +61,7 @@ def main(
         raise ValueError(f"out must be a folder; {out} is a file")
     report = build_report(folders, split, resamples, seed)
     html = write(report, out)
-    console = console or Console(width=None if sys.stdout.isatty() else 140)
+    console = console or Console(width=None if sys.stdout.isatty() else 140, emoji=False)
     print_report(report, console)
     if wandb:
         log_to_wandb(report, html, out, project)

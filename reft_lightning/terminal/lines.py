@@ -6,5 +6,5 @@ from rich.console import Console
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
-    """Print a line as it is: neither wrapped nor highlighted, and brackets are no markup."""
-    console.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
+    """Print a line as it is: neither wrapped nor highlighted, and ``[bold]`` and ``:100:`` are only text."""
+    console.print(text, style=style, soft_wrap=True, highlight=False, markup=False, emoji=False)
