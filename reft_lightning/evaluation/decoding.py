@@ -236,12 +236,8 @@ class Stop(StoppingCriteria):
     """End a row whose new text contains a stop string.
 
     Hugging Face's own criterion also matches across the end of the prompt: after a prompt that ends in a newline, it
-    would end a text that begins with "def" if the stop string is a newline and "def".
-
-    Args:
-        tokenizer: decodes the new tokens.
-        stop_strings: any of these ends a text.
-        first: the column where each row's new text begins.
+    would end a text that begins with "def" if the stop string is a newline and "def". ``first`` holds the column where
+    each row's new text begins.
     """
 
     def __init__(self, tokenizer: Any, stop_strings: tuple[str, ...], first: list[int]) -> None:

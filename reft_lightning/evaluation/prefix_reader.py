@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -90,7 +89,7 @@ class ColumnReader:
             if cache is not None:
                 _narrow(cache, shared)
             if shared < width:
-                new, cache = self._read(columns, shared, width - shared, cache)
+                new, cache = self._read(columns, shared, width - shared, cache, seen)
                 logits = torch.cat([logits, new], 1)
         self._last = _Read(columns, boundary, logits, cache)
         return logits
@@ -113,7 +112,7 @@ class ColumnReader:
         start: int,
         keep: int,
         cache: DynamicCache | None,
-        seen: Mapping[str, Any] = MappingProxyType({}),
+        seen: Mapping[str, Any],
     ) -> tuple[Tensor, DynamicCache | None]:
         inputs: dict[str, Any] = {**seen, **columns, "input_ids": columns["input_ids"][:, start:]}
         if cache is not None:

@@ -158,9 +158,8 @@ class FrozenBlocks:
         self.name = f"the output of block {last}"
         self._store = RowStore()
         self._blocks = blocks_of(model)
-        self._others: tuple[None, ...] | None = (
-            None  # the rest of the tuple that a block returns, if it returns one
-        )
+        # the rest of the tuple that a block returns; None if it returns only the hidden states
+        self._others: tuple[None, ...] | None = None
         ids, attention = _two_tokens(model)
         hidden = self._compute({"input_ids": ids, "attention_mask": attention})
         self._width, self._dtype = hidden.shape[-1], hidden.dtype

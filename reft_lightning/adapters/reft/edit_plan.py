@@ -37,8 +37,8 @@ def plan_of(call: Call, stack: str, given: Mapping[str, Any], reads_images: bool
         seeing = seeing or adapter.seeing_rows
         for (positions, tied), layers in adapter.layers_by_positions.items():
             sites = {layer: adapter.sites[layer] for layer in layers}
-            layers = [layer for layer, site in sites.items() if site.stack == stack and not site.visual]
-            if not layers or (decoding and not positions.reaches_decode):
+            sites = {layer: s for layer, s in sites.items() if s.stack == stack and not s.visual}
+            if not sites or (decoding and not positions.reaches_decode):
                 continue
             here = here or spans.upto(columns.stop, len(tokens))
             told = "image" in here.marks or not reads_images or stack == DECODER  # a decoder only writes text
@@ -48,8 +48,8 @@ def plan_of(call: Call, stack: str, given: Mapping[str, Any], reads_images: bool
                     "past_key_values do not show which tokens are images: pass image_mask (b, s)"
                 )
             indices = token_indices(positions, tied, here.of_rows(choice.rows), columns)
-            for layer in layers:
-                site, own = adapter.sites[layer], indices
+            for layer, site in sites.items():
+                own = indices
                 if site.divided > 1:
                     own = [part for index in indices for part in site.parts(index)]
                 edits.setdefault(site.place, []).append(Edit(choice.adapter, layer, choice.weight, own))
