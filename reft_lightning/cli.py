@@ -25,8 +25,9 @@ from omegaconf import DictConfig
 from .config import compose
 from .runs import sweep
 from .suggest import did_you_mean, names_of_a_stranger, no_such_folder
-from .terminal.bars import Bar, is_first_process
+from .terminal.bars import Bar
 from .terminal.log_lines import LogHandler
+from .terminal.ranks import is_first_process, started_ranks
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +74,8 @@ usage: reft-chat run=FOLDER [max_new_tokens=N] [template=plain|alpaca|chat] [tru
 examples:
   reft-chat run=outputs/quickstart/2026-11-29_10-00-00
   echo "Is water wet?" | reft-chat run=outputs/quickstart/2026-11-29_10-00-00 max_new_tokens=8
-In the conversation: /plain, /alpaca and /chat choose the template, /image FILE shows a picture to a
-model that reads pictures, /new starts a new conversation, /quit ends it.
+In the conversation: /plain, /alpaca and /chat choose the template, /image FILE shows an image to a
+model that reads images, /new starts a new conversation, /quit ends it.
 """
 INSPECT_HELP = """\
 reft-inspect: show what the adapter of a run does, on the run's own validation rows
@@ -293,8 +294,7 @@ def _find_unfinished(asked: compose.Asked) -> None:
 
     if asked.folder is not None:
         return
-    ranks = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
-    if asked.sweep or ranks > 1:
+    if asked.sweep or started_ranks() > 1:
         name, who = ("sweep", "a sweep") if asked.sweep else ("run", "a run of several ranks")
         sys.stderr.write(
             f"resume=auto: {who} resumes only in a folder that you name: add hydra.{name}.dir=FOLDER\n"
@@ -375,6 +375,10 @@ def _results(config: DictConfig, run_dir: Path, job: sweep.Job) -> dict[str, Any
 @_command(EVAL_HELP)
 def evaluate(argv: Sequence[str]) -> None:
     """Evaluate the adapter of a finished run again."""
+    if started_ranks() > 1:
+        raise UsageError(
+            "reft-eval runs in one process: start it without torchrun, and with srun as srun --ntasks=1"
+        )
     rows = [text for text in argv if re.match(r"(data|decoding)[.=]", text)]
     options = _options(
         [text for text in argv if text not in rows],

@@ -683,6 +683,20 @@ def test_eval_explains_a_wrong_argument(monkeypatch, runs, folder, capsys, argum
     assert runs == []
 
 
+@pytest.mark.parametrize(
+    "variables", [{"WORLD_SIZE": "2", "RANK": "1"}, {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}]
+)
+def test_several_processes_are_not_left_to_evaluate_the_same_run(
+    monkeypatch, runs, folder, capsys, variables
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, cli.evaluate, f"run={folder}")
+    assert "reft-eval runs in one process" in capsys.readouterr().err
+    assert runs == []
+
+
 @pytest.mark.parametrize("run", [cli.evaluate, cli.chat])
 @pytest.mark.parametrize("inside", [True, False])
 def test_an_adapter_that_is_given_for_a_run_is_told_from_one(run, inside, monkeypatch, runs, folder, capsys):

@@ -41,7 +41,7 @@ from omegaconf.errors import (
 from ..adapters.methods import METHODS, check_beside, method_named
 from ..storage.atomic import claim_folder
 from ..suggest import did_you_mean
-from ..terminal.bars import is_first_process
+from ..terminal.ranks import is_first_process
 from .explain import Vocabulary, shown
 from .method_settings import check_settings_mean_something
 from .overrides import key_of

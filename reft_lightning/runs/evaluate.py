@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer, seed_everything
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import Logger
 
 from ..adapters.saving import load_saved, load_state
@@ -149,5 +150,5 @@ def evaluating_trainer(
         accelerator=config.trainer.accelerator, devices=1, logger=list(loggers),
         callbacks=[*callbacks, *([RunProgress()] if progress_bar else [])], enable_checkpointing=False,
         use_distributed_sampler=False, default_root_dir=folder, precision=config.trainer.precision,
-        enable_model_summary=False, enable_progress_bar=progress_bar,
+        enable_model_summary=False, enable_progress_bar=progress_bar, plugins=LightningEnvironment(),
     )  # fmt: skip

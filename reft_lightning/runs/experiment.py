@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import WandbLogger
 from ..config.identity import config_hash, differences
 from ..config.schema import AUTO, Config
 from ..storage.atomic import now, release_folder, write_json
-from ..terminal.bars import is_first_process
+from ..terminal.ranks import is_first_process
 from ..training.best_checkpoint import BestCheckpoint
 from ..training.checkpoint_files import read_checkpoint
 from ..training.evaluation import evaluate

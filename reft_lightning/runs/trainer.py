@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from typing import Any
 from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.accelerators import Accelerator
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from ..config.schema import CheckpointConfig, Config
 from ..suggest import trusted
+from ..terminal.ranks import in_srun
 from ..training.best_checkpoint import BestCheckpoint
 from ..training.checkpoint_files import WholeCheckpoints
 from ..training.last_checkpoint import LastCheckpoint
@@ -82,10 +85,9 @@ def build_trainer(
     plugins = list(given) if isinstance(given, list | tuple) else [given]
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins.append(WholeCheckpoints())
-    # the launcher decides about requeuing; torchrun inside a job is detected by Lightning itself
-    slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
-    if slurm and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
-        plugins.append(SLURMEnvironment(auto_requeue=False))
+    if not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+        environment = cluster_environment(config.trainer.num_nodes)
+        plugins += [environment] if environment else []
     arguments["plugins"] = plugins
     loggers = build_loggers(config, folder)
     callbacks = [*first, StopTogether()]
@@ -107,6 +109,29 @@ def build_trainer(
         return Trainer(**arguments, callbacks=callbacks, logger=loggers)
     except TypeError as error:
         raise ValueError(f"trainer: {error}") from error
+
+
+def cluster_environment(num_nodes: int) -> ClusterEnvironment | None:
+    """Return what tells the ranks of a SLURM job from each other; None where Lightning finds the right one.
+
+    Lightning takes every process within a job for one that srun started, and waits for the others. Here a command that
+    runs without srun starts its ranks itself, as outside SLURM.
+
+    Raises:
+        ValueError: if it cannot, or for the wrong arguments of srun.
+    """
+    if "SLURM_NTASKS" not in os.environ or TorchElasticEnvironment.detect():
+        return None
+    if in_srun():
+        try:  # the launcher decides about requeuing; None in an interactive job
+            return SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else None
+        except RuntimeError as error:  # Lightning needs --ntasks-per-node
+            raise ValueError(str(error)) from error
+    if num_nodes > 1:
+        raise ValueError(
+            f"trainer.num_nodes={num_nodes} in a SLURM job: put srun before the command, to start it on every node"
+        )
+    return LightningEnvironment()
 
 
 def build_callbacks(

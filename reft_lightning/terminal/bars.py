@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+from .ranks import is_first_process
+
 log = logging.getLogger(__name__)
 
 PERIOD = 30.0  # seconds between two log lines if there is no terminal
 DELAY = 1.0  # seconds that nested work must take before its bar is drawn
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # environment variables with the rank of a process
 
 _display: Any = None  # rich's display of all open bars, as it cannot draw two at a time
 
@@ -27,11 +28,6 @@ _display: Any = None  # rich's display of all open bars, as it cannot draw two a
 def on_terminal() -> bool:
     """Whether bars can be drawn: standard error is a terminal, and not a dumb one."""
     return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
-
-
-def is_first_process() -> bool:
-    """Whether this process is the first or the only one of a run."""
-    return all(os.environ.get(name, "0") == "0" for name in RANKS)
 
 
 @contextmanager

@@ -1,9 +1,11 @@
-"""Log lines that appear above the bars."""
+"""Log lines: above the bars, and from only one of the processes of a run."""
 
 from __future__ import annotations
 
 import logging
 import sys
+
+from .ranks import is_first_process
 
 
 class LogHandler(logging.StreamHandler):
@@ -21,3 +23,11 @@ class LogHandler(logging.StreamHandler):
         """Write a line."""
         self.setStream(getattr(sys, self.where))
         super().emit(record)
+
+
+class FirstProcess(logging.Filter):
+    """Keep the lines of the first process of a run, and only the errors of the others, which say the same."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the line is written."""
+        return record.levelno >= logging.ERROR or is_first_process()

@@ -192,8 +192,9 @@ def test_a_run_is_resumed_and_evaluated_from_another_folder_than_it_was_started_
     assert again["metrics"] == pytest.approx(measured)
 
 
-def test_evaluating_again_gives_the_runs_own_scores(finished):
+def test_evaluating_again_gives_the_runs_own_scores(finished, monkeypatch):
     folder, results = finished
+    monkeypatch.setenv("SLURM_NTASKS", "2")  # in the batch script of a job with two tasks
     again = evaluate(folder)
     assert again["test_reads"] == []
     assert all(again[name] == results[name] for name in ("seed", "method", "percent", "decoding"))

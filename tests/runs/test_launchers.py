@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import short_runs
 import torch
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 from reft_lightning.adapters.saving import load_adapter
 from reft_lightning.runs import own_process
@@ -83,34 +83,57 @@ def test_a_job_is_queued_again_after_its_run_has_written_down_what_it_has(monkey
     assert second.endswith("hydra.mode=RUN resume=auto")
 
 
-def test_a_run_that_slurm_began_leaves_being_queued_again_to_its_launcher(data, monkeypatch, tmp_path):
+@pytest.fixture
+def slurm(monkeypatch):
+    """A function that sets the variables of a SLURM job; `STEP_ID` is set only for what srun starts."""
+    for name in (*RANK_VARIABLES, "RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+    def job(**variables):
+        common = {"NTASKS": "1", "NNODES": "1", "JOB_ID": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+        for name, value in {**common, "JOB_NAME": "job.sh", **variables}.items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+
+    return job
+
+
+def environment(data, folder, *overrides):
+    """What tells the ranks of a run from each other."""
     from reft_lightning.runs.checks import Monitor
 
-    for name in ("NTASKS", "NTASKS_PER_NODE", "NNODES", "JOB_ID"):
-        monkeypatch.setenv(f"SLURM_{name}", "1")
-    for name in ("PROCID", "LOCALID", "NODEID"):
-        monkeypatch.setenv(f"SLURM_{name}", "0")
-    monkeypatch.setenv("SLURM_JOB_NAME", "reft-train")
-    trainer = build_trainer(
-        short_runs.config(data), tmp_path, Monitor("val/loss", "min"), torch.get_rng_state()
-    )
-    environment = trainer._accelerator_connector.cluster_environment
-    assert isinstance(environment, SLURMEnvironment)
-    assert not environment.auto_requeue
+    config = short_runs.config(data, *overrides)
+    trainer = build_trainer(config, folder, Monitor("val/loss", "min"), torch.get_rng_state())
+    return trainer._accelerator_connector.cluster_environment
 
 
-def test_ranks_of_torchrun_within_a_slurm_job_stay_those_of_torchrun(data, monkeypatch, tmp_path):
-    from reft_lightning.runs.checks import Monitor
+def test_a_run_that_srun_started_leaves_requeuing_to_its_launcher(data, slurm, tmp_path):
+    slurm(NTASKS_PER_NODE="1", STEP_ID="0")
+    found = environment(data, tmp_path)
+    assert isinstance(found, SLURMEnvironment)
+    assert not found.auto_requeue
 
-    for name, value in {"NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_ID": "1"}.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    monkeypatch.setenv("SLURM_JOB_NAME", "batch")
+
+def test_a_run_in_a_batch_script_without_srun_starts_its_ranks_itself(data, slurm, tmp_path):
+    slurm(NTASKS="2")  # Lightning would wait for the second task forever
+    assert not environment(
+        data, tmp_path, "trainer.devices=2", "trainer.strategy=ddp"
+    ).creates_processes_externally
+    with pytest.raises(ValueError, match=r"num_nodes=2 in a SLURM job: put srun before the command"):
+        environment(data, tmp_path, "trainer.num_nodes=2", "trainer.devices=1", "trainer.strategy=ddp")
+
+
+def test_tasks_that_are_not_counted_by_node_are_refused(data, slurm, tmp_path):
+    slurm(NTASKS="2", STEP_ID="0")
+    with pytest.raises(ValueError, match="--ntasks-per-node=2"):
+        environment(data, tmp_path, "trainer.devices=2", "trainer.strategy=ddp")
+
+
+def test_ranks_of_torchrun_within_a_slurm_job_stay_those_of_torchrun(data, slurm, monkeypatch, tmp_path):
+    slurm()
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "GROUP_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
-    state = torch.get_rng_state()
-    trainer = build_trainer(short_runs.config(data), tmp_path, Monitor("val/loss", "min"), state)
-    assert not isinstance(trainer._accelerator_connector.cluster_environment, SLURMEnvironment)
+    assert isinstance(environment(data, tmp_path), TorchElasticEnvironment)
 
 
 @pytest.mark.slow

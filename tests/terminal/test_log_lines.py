@@ -1,0 +1,49 @@
+import logging
+import logging.config
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from reft_lightning.config.compose import VERSION_BASE, register
+
+
+@pytest.fixture
+def logged(root, tmp_path, monkeypatch):
+    """A function that sets the rank of this process, logs as a run does, and returns the lines of the log file."""
+    register()
+    with initialize_config_dir(str(root / "conf"), version_base=VERSION_BASE):
+        config = compose("config", ["model.name=OWNER/NAME"], return_hydra_config=True)
+    settings = OmegaConf.to_container(config.hydra.job_logging)
+    settings["handlers"]["file"]["filename"] = str(tmp_path / "run.log")
+    before = logging.root.handlers[:], logging.root.level
+
+    def lines(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        logging.config.dictConfig(settings)
+        for level in (logging.INFO, logging.WARNING, logging.ERROR):
+            logging.getLogger("reft_lightning.runs").log(level, logging.getLevelName(level))
+        path = tmp_path / "run.log"
+        return [line.split("]")[2].strip("[") for line in path.read_text().splitlines()]
+
+    yield lines
+    for handler in logging.root.handlers[:]:
+        if handler not in before[0]:
+            logging.root.removeHandler(handler)
+            handler.close()
+    logging.root.handlers[:], logging.root.level = before
+
+
+def test_the_first_process_of_a_run_logs_everything(logged, capfd):
+    assert logged(RANK="0", LOCAL_RANK="0") == ["INFO", "WARNING", "ERROR"]
+    assert capfd.readouterr().out.count("INFO") == 2  # level and message
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
+def test_other_processes_log_only_errors(logged, capfd, name):
+    assert logged(**{name: "1"}) == ["ERROR"]
+    said = capfd.readouterr().out
+    assert "ERROR" in said
+    assert "INFO" not in said
+    assert "WARNING" not in said
