@@ -6,7 +6,7 @@ Shapes: b rows, s columns, d width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, get_args, is_typeddict
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.generic import TransformersKwargs
 
+from ..base_models.caches import cache_in, columns_in, with_new_name
 from ..base_models.reading import position_ids_for
 from ..base_models.stacks import reads_two_texts
 from ..suggest import did_you_mean
@@ -47,15 +48,6 @@ def known_arguments(model: PreTrainedModel) -> frozenset[str] | None:
     return frozenset({*known, *OF_OUTPUTS, *OF_TOKENIZERS, *(OF_LOSSES if "labels" in known else ())})
 
 
-def check_known(model: PreTrainedModel, known: frozenset[str] | None, given: Iterable[str]) -> None:
-    """Reject a keyword that the model would pass on without ever reading it."""
-    for name in given:
-        if known is not None and name not in known:
-            raise ValueError(
-                f"{type(model).__name__} takes no argument {name!r}{did_you_mean(name, {*known, 'prompt_mask'})}"
-            )
-
-
 def check_rows(tokens: Any) -> None:
     """Reject tokens that are not a tensor of rows, such as a tokenizer's whole output, which pyreft takes."""
     if isinstance(tokens, Tensor) and tokens.ndim >= 2:
@@ -75,18 +67,17 @@ def forward_inputs(
 ) -> dict[str, Any]:
     """Return the arguments of a forward pass of the base model, with position ids if it needs them.
 
-    Args:
-        model: the base model.
-        known: its :func:`known_arguments`.
-        input_ids: tokens; None if ``others`` has ``inputs_embeds``.
-        attention_mask: None if all tokens are real.
-        labels: None if no loss is needed.
-        others: further keywords of forward.
+    ``known`` are its :func:`known_arguments`, ``others`` further arguments, such as ``inputs_embeds``.
 
     Raises:
         ValueError: if the model does not know an argument, suggesting the closest, or if there are no tokens.
     """
-    check_known(model, known, others)
+    others = with_new_name(others)
+    for name in others:  # the model would pass on an unknown one without ever reading it
+        if known is not None and name not in known:
+            raise ValueError(
+                f"{type(model).__name__} takes no argument {name!r}{did_you_mean(name, {*known, 'prompt_mask'})}"
+            )
     tokens = input_ids if input_ids is not None else others.get("inputs_embeds")
     if tokens is None:
         raise ValueError("forward needs input_ids or inputs_embeds")
@@ -109,16 +100,14 @@ def left_padded_inputs(given: dict[str, Any], model: PreTrainedModel) -> dict[st
     All tensors of rows and columns are moved: ids, embeddings, masks, types, positions. They stay as they are for an
     encoder, as new tokens are the decoder's, and after a cache, whose columns are fixed.
 
-    Args:
-        given: the arguments of ``generate``; row tensors that are None are left out.
-        model: the base model.
-
     Raises:
         ValueError: if tokens are missing or given twice, a mask has the wrong shape, or there is padding between a
             cache and new tokens.
     """
     # other arguments keep None, which has a meaning for eos_token_id and others
-    given = {name: value for name, value in given.items() if value is not None or name not in ROWS}
+    given = {
+        name: value for name, value in with_new_name(given).items() if value is not None or name not in ROWS
+    }
     if "inputs" in given:
         if "input_ids" in given:
             raise ValueError("the tokens are given twice, as input_ids and as inputs")
@@ -140,11 +129,10 @@ def left_padded_inputs(given: dict[str, Any], model: PreTrainedModel) -> dict[st
         )
     if reads_two_texts(model):
         return given
-    past = given.get("past_key_values")
-    if past is not None and past.get_seq_length() > 0:
+    if columns_in(cache_in(given)):
         if not mask[:, -1].all():
             raise ValueError(
-                "with past_key_values, columns cannot be moved, and new tokens follow the last one, which is padding "
+                "with a cache, columns cannot be moved, and new tokens follow the last one, which is padding "
                 "in some rows: pad the tokens after the cache on the left"
             )
         return given

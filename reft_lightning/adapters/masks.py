@@ -143,16 +143,11 @@ def _falls(numbers: Tensor, attention: Tensor | None) -> bool:
     return bool((real & (numbers < so_far)).any())
 
 
-def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | None) -> Spans:
-    """Split the real tokens of a batch into prompt and target.
+def spans_of(attention: Tensor, labels: Tensor | None, prompt_mask: Tensor | None) -> Spans:  # (b, s) each
+    """Split the real tokens of a batch, those that attention is 1 for, into prompt and target.
 
     ``prompt_mask`` decides if given. Otherwise the prompt is everything before the first label of its row (an eos
     without a label after the target is not part of it), or, without labels, the whole row.
-
-    Args:
-        attention: (b, s), 1 for real tokens.
-        labels: (b, s) token labels, or None.
-        prompt_mask: (b, s) bool, or None.
 
     Raises:
         ValueError: if the shapes do not match.
@@ -183,15 +178,11 @@ def asked_again(spans: Spans, labels: Tensor) -> bool:
     return bool((spans.target & ~labelled & before_another).any())
 
 
-def spans_of_labels(labels: Tensor, attention: Tensor | None) -> Spans:
+def spans_of_labels(labels: Tensor, attention: Tensor | None) -> Spans:  # (b, t) each
     """Split the decoder input of an encoder-decoder into prompt and target, using its labels.
 
     Column j is the token before label j: columns up to and including the first label are the prompt, at least the
-    token that every answer starts with.
-
-    Args:
-        labels: (b, t) token labels.
-        attention: (b, t), 1 for real tokens; None if all tokens up to the last label are real.
+    token that every answer starts with. Without attention, all tokens up to the last label are real.
     """
     labelled = labels != -100
     real = labelled.flip(-1).cumsum(-1).flip(-1) > 0 if attention is None else attention.bool()

@@ -58,7 +58,7 @@ def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str 
         for name in real
         if state[name].dtype != own[name].dtype
         and {state[name].itemsize, own[name].itemsize} & {1, 2}
-        # older versions trained heads in the base's 16 bits; they are float32 now
+        # heads are trained in the dtype of their base, and lose nothing in a wider one
         and not (name.startswith("heads.") and state[name].itemsize < own[name].itemsize)
     ]
     if half:

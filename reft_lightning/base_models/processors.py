@@ -26,17 +26,17 @@ def load_processor(
         OSError: if it cannot be found; the message says what to do.
         ValueError: if the model has no image processor, or a random model is not a byte-level LLaVA.
     """
-    lies = ModelPlace(**place)
-    if lies.source == "random":
+    located = ModelPlace(**place)
+    if located.source == "random":
         return _byte_processor(hf_config, tokenizer)
     if tokenizer is not None:
         raise ValueError(
             f"model.tokenizer={tokenizer}: a model that reads images has a processor with its own tokenizer; leave it "
             "out"
         )
-    where = lies.folder()
+    where = located.folder()
     try:
-        loaded = AutoProcessor.from_pretrained(where, revision=lies.revision, trust_remote_code=False)
+        loaded = AutoProcessor.from_pretrained(where, revision=located.revision, trust_remote_code=False)
     except ImportError as error:
         raise ValueError(
             f"the processor of {where} needs another package: pip install 'reft_lightning[vision]' ({error})"

@@ -50,24 +50,30 @@ _found: WeakKeyDictionary[PreTrainedModel, Reading] = WeakKeyDictionary()
 
 def reading_of(model: PreTrainedModel) -> Reading:
     """Return how a base model reads, from a few passes over a few tokens at the first call."""
-    # an encoder is bidirectional, and neither it nor its decoder takes position ids
-    if model not in _found and reads_two_texts(model):
-        _found[model] = Reading(causal=False, needs_position_ids=False)
     if model not in _found:
-        try:
-            _found[model] = _try(bare_copy(model))
-        except Exception as error:
-            log.debug("%s cannot be copied, so it is tested itself: %s", type(model).__name__, error)
-            try:
-                with evaluating(model):
-                    _found[model] = _try(model)
-            except Exception as error:
-                _found[model] = Reading(is_decoder(model.config), takes(model, "position_ids"))
-                log.warning(
-                    "how %s reads a row could not be tested (%s): assuming it is %s",
-                    type(model).__name__, error, "a decoder" if _found[model].causal else "an encoder",
-                )  # fmt: skip
+        _found[model] = _find_out(model)
     return _found[model]
+
+
+def _find_out(model: PreTrainedModel) -> Reading:
+    if reads_two_texts(
+        model
+    ):  # an encoder is bidirectional, and neither it nor its decoder takes position ids
+        return Reading(causal=False, needs_position_ids=False)
+    try:
+        return _try(bare_copy(model))
+    except Exception as error:
+        log.debug("%s cannot be copied, so it is tested itself: %s", type(model).__name__, error)
+    try:
+        with evaluating(model):
+            return _try(model)
+    except Exception as error:
+        assumed = Reading(is_decoder(model.config), takes(model, "position_ids"))
+        log.warning(
+            "how %s reads a row could not be tested (%s): assuming it is %s",
+            type(model).__name__, error, "a decoder" if assumed.causal else "an encoder",
+        )  # fmt: skip
+        return assumed
 
 
 def _try(model: PreTrainedModel) -> Reading:
@@ -80,13 +86,11 @@ def _try(model: PreTrainedModel) -> Reading:
     return Reading(_is_causal(logits), _needs_position_ids(model, rows[:1], logits[:1], follows))
 
 
-def _is_causal(
-    logits: Tensor,
-) -> bool:  # (3, s, v): a text, the text with another last token, and with another first token
-    """Whether a change of the last token leaves earlier columns unchanged.
+def _is_causal(logits: Tensor) -> bool:  # (3, s, v)
+    """Whether a text, the text with another last token, and with another first token show that later tokens are unseen.
 
-    Rounding can change them a little (a mixture of experts multiplies tokens in different groups), but far less than a
-    change of the first token changes the columns after it.
+    Rounding can change earlier columns a little (a mixture of experts multiplies tokens in different groups), but far
+    less than a change of the first token changes the columns after it.
     """
     if logits.ndim != 3:
         return False

@@ -20,8 +20,8 @@ def image_tokens(config: PretrainedConfig) -> tuple[int, ...]:
     return tuple(token for token in found if isinstance(token, int))
 
 
-def vision_blocks(model: PreTrainedModel) -> str:
-    """Return the path of the vision tower's list of blocks."""
+def vision_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Return the path of the vision tower's list of blocks, and the list."""
     modules = dict(model.named_modules())
     tower = model.get_encoder(modality="image") if image_tokens(model.config) else model
     path = next((name for name, module in modules.items() if name and module is tower), None)
@@ -29,17 +29,17 @@ def vision_blocks(model: PreTrainedModel) -> str:
         raise ValueError(f"{type(model).__name__} has no vision tower: it reads no images")
     vision = getattr(model.config, "vision_config", None)
     depth = next((getattr(vision, name) for name in DEPTHS if getattr(vision, name, None) is not None), None)
-    lists = [
-        name
+    lists = {
+        name: module
         for name, module in modules.items()
         if name.startswith(f"{path}.") and isinstance(module, nn.ModuleList) and len(module) == depth
-    ]
+    }
     if not lists:
         raise ValueError(
             f"no list of {depth} blocks in {path} of {type(model).__name__}; give component as a module path with "
             "{layer}"
         )
-    return max(lists, key=lambda name: sum(p.numel() for p in modules[name].parameters()))
+    return max(lists.items(), key=lambda found: sum(p.numel() for p in found[1].parameters()))
 
 
 def connector_path(model: PreTrainedModel) -> str:

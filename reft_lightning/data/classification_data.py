@@ -40,19 +40,9 @@ def divide(examples: Sequence[LabelledText], seed: int) -> tuple[list[LabelledTe
 
 
 class ClassificationData(BenchmarkData):
-    """Loaders for one task of a family of kind `classification`.
+    """Loaders for a family of kind `classification`; takes the arguments of `BenchmarkData`, with a single task.
 
     Limits apply after the division. With `split_seed=None` the division uses the run's seed, as in the authors' code.
-
-    Args:
-        family: e.g. `FAMILIES["glue"]`.
-        tokenizer: needs a pad token.
-        source: a `DataSource`, or its kind (`"hub"`).
-        tasks: a list with a single task name, since a classifier's outputs belong to one task.
-        settings: as for `BenchmarkData`.
-
-    Attributes:
-        task: the `ClassificationTask`.
     """
 
     def __init__(

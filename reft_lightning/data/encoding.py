@@ -217,14 +217,23 @@ def encode_pieces(
             before = np.array(leading, np.int32) if leading else ids[start - 1 : start]
             pieces.append(np.concatenate([before, ids[start : start + room]]))
             owners.append(example)
-    lengths = np.array([len(piece) for piece in pieces], np.int64)
+    rows = EncodedRows(owners, uncut(pieces, [context] * len(pieces)))
     log.info("%d %s: %d tokens to learn, in %d pieces of at most %d (data.max_length)",
-             len(examples), what, int((lengths - context).sum()), len(pieces), max_length)  # fmt: skip
-    whole = np.zeros(len(pieces), np.int32)
-    return EncodedRows(owners, {
-        "ids": np.concatenate([whole[:0], *pieces]), "ids.lengths": lengths, "prompt": whole + context,
-        "joint": np.ones(len(pieces), bool), "cut_prompt": whole, "cut_target": whole,
-    })  # fmt: skip
+             len(examples), what, sum(rows.targets), len(pieces), max_length)  # fmt: skip
+    return rows
+
+
+def uncut(rows: Sequence[np.ndarray], prompts: Sequence[int]) -> dict[str, np.ndarray]:
+    """Return the columns `TYPES` of rows of ids, given the lengths of their prompts."""
+    none = np.zeros(len(rows), np.int32)
+    return {
+        "ids": np.concatenate([np.zeros(0, np.int32), *rows]),
+        "ids.lengths": np.array([len(row) for row in rows], np.int64),
+        "prompt": np.array(prompts, np.int32),
+        "joint": np.ones(len(rows), bool),
+        "cut_prompt": none,
+        "cut_target": none,
+    }
 
 
 def encode_wholes(
@@ -429,11 +438,7 @@ class EncodedRows(Dataset[Encoded]):
 
 
 class Collator:
-    """Collate encoded rows into the prompt | target layout.
-
-    Args:
-        pad_token_id: the tokenizer's pad id, for masked columns.
-    """
+    """Collate encoded rows into the prompt | target layout, with `pad_token_id` in masked columns."""
 
     def __init__(self, pad_token_id: int | None) -> None:
         if pad_token_id is None:
@@ -482,11 +487,7 @@ def target_only(batch: Mapping[str, Any]) -> dict[str, Any]:
     Hugging Face causal models compare the logits of column j with the label of column j+1, so the t target columns
     also need the column before them: labels (b, t+1), `logits_to_keep` = t+1 with t = s - boundary.
 
-    Args:
-        batch: a batch of `Collator`; not modified.
-
-    Raises:
-        KeyError: if the batch has no boundary, like ordinary Hugging Face batches.
+    The batch is one of `Collator`, and is not modified.
     """
     labels: Tensor = batch["labels"]
     keep = labels.shape[1] - batch["boundary"] + 1

@@ -88,7 +88,7 @@ def read_json_file(path: Path) -> Rows:
                 raise ValueError(
                     f"{path}, row {i}: a row must be an object with named columns; got {row!r:.80}"
                 )
-            yield row, f"{_label(path)}, row {i}" + (f" (line {line})" if line > 1 else "")
+            yield row, f"{label_of(path)}, row {i}" + (f" (line {line})" if line > 1 else "")
     except json.JSONDecodeError as error:
         hint = "; if this is JSON Lines, its name must end in .jsonl" if error.msg == "Extra data" else ""
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg}){hint}") from error
@@ -160,7 +160,7 @@ def _end_of_space(text: str, start: int) -> int:
 
 def json_lines(lines: Iterable[str], path: Path) -> Rows:
     """Yield (row, where) pairs of lines that hold one JSON object each; empty lines are skipped."""
-    label = _label(path)
+    label = label_of(path)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -244,7 +244,7 @@ def _table(
     left_out = 0
     for line, cells in numbered:
         if len(cells) == len(columns):
-            yield dict(zip(columns, cells, strict=True)), f"{_label(path)}, line {line}"
+            yield dict(zip(columns, cells, strict=True)), f"{label_of(path)}, line {line}"
         elif torn:
             left_out += 1
         else:
@@ -275,7 +275,7 @@ def _check_header(columns: Sequence[str], where: str) -> None:
 
 def read_text(path: Path) -> Rows:
     """Yield (row, where) pairs of a text file: each line is a row with the column `text`; empty lines are skipped."""
-    label = _label(path)
+    label = label_of(path)
     for number, line in enumerate(text_lines(path), start=1):
         if line.strip():
             yield {"text": line.rstrip("\r\n")}, f"{label}, line {number}"
@@ -293,7 +293,7 @@ def read_parquet(path: Path) -> Rows:
     try:
         with pq.ParquetFile(path) as file:
             _check_header(file.schema_arrow.names, str(path))
-            yield from arrow_rows(file.iter_batches(), _label(path))
+            yield from arrow_rows(file.iter_batches(), label_of(path))
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: not Parquet ({error})") from error
 
@@ -312,7 +312,7 @@ def read_saved(path: Path) -> Rows:
         rows = datasets.Dataset.load_from_disk(str(path)).with_format("arrow")
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: incomplete folder of save_to_disk ({error})") from error
-    yield from arrow_rows(rows.iter(BATCH), _label(path))
+    yield from arrow_rows(rows.iter(BATCH), label_of(path))
 
 
 def arrow_rows(tables: Iterable[Any], label: str) -> Rows:
@@ -376,7 +376,8 @@ def _find_unreadable(table: Any, label: str, start: int) -> None:
 # ------------------------------------------------------------------------------------------------------ lines
 
 
-def _label(path: Path) -> str:
+def label_of(path: Path) -> str:
+    """Return the name of a file for the sources of its rows: that of its folder, and its own."""
     return f"{path.parent.name}/{path.name}" if path.parent.name else path.name
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..storage.wheels import SOURCES
 from .benchmark_data import BenchmarkData
@@ -23,7 +23,7 @@ from .marks import Marks, unmarked, without_marks
 from .pairs import EncodedAnswers, EncodedPairs, collate_pairs, collate_sources, rejected
 from .prompts import apply_template
 from .rows import DataSource
-from .splits import Carved, Stratum, distinct, drawn, fingerprint
+from .splits import Carved, Stratum, by_task, distinct, drawn, fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,8 @@ class GenerationData(BenchmarkData):
             prompts (float). For tasks with validation rows of their own, the maximum number to read, -1 for all.
         settings: as for `BenchmarkData`.
     """
+
+    two_texts: ClassVar[bool] = False  # whether prompt and target are tokenised as separate texts
 
     def __init__(
         self,
@@ -102,10 +104,7 @@ class GenerationData(BenchmarkData):
     def lay_out(reader: Any, example: Example, max_length: int) -> dict[str, Any]:
         """Return the batch of one example, as in training; its prompt must already have its template.
 
-        Args:
-            reader: the tokenizer, or the processor if there are pictures.
-            example: the question.
-            max_length: maximum number of tokens; a longer row loses its beginning.
+        The reader is the tokenizer, or the processor if there are pictures.
         """
         return Collator(reader.pad_token_id)([encode(reader, example, max_length)])
 
@@ -142,8 +141,8 @@ class GenerationData(BenchmarkData):
 
     def _divide(self, train: list[Example]) -> tuple[list[Example], list[Example]]:
         # rows of a mixture file have no task name; most of them can be told apart by their answer words
-        stratum = (lambda e: e.options) if self.source.mixture else (lambda e: e.task)
-        if self._bring_validation():
+        stratum = (lambda e: e.options) if self.source.mixture else by_task
+        if self._has_validation_rows():
             validation = self._read_validation(train)
         else:
             train, validation = self._carve(train, stratum)
@@ -164,17 +163,20 @@ class GenerationData(BenchmarkData):
         """Return an example as it is compared with others, that is, without marks."""
         return example if self.marks is None else without_marks(example, self.marks)
 
-    def _bring_validation(self) -> bool:
+    def _has_validation_rows(self) -> bool:
         if self.source.mixture:
             return False
-        brings = ["validation" in getattr(self.family.task(t), self.source.kind) for t in self.train_tasks]
-        if any(brings) and not all(brings):
-            without = [task for task, does in zip(self.train_tasks, brings, strict=True) if not does]
+        without = [
+            name
+            for name in self.train_tasks
+            if "validation" not in getattr(self.family.task(name), self.source.kind)
+        ]
+        if 0 < len(without) < len(self.train_tasks):
             raise ValueError(
                 f"data.train_tasks mixes tasks with and without validation rows in source {self.source.kind}; these "
                 f"have none: {', '.join(without)}"
             )
-        return all(brings)
+        return not without
 
     def _read_validation(self, train: list[Example]) -> list[Example]:
         asked = self._questions(train) if self.trained_on is None else self.trained_on
@@ -187,7 +189,7 @@ class GenerationData(BenchmarkData):
                 log.warning("%d of %d %s validation rows occur in the train rows", seen, len(rows), name)
             validation += rows
         if 0 <= (size := self._held_out(validation)) < len(validation):
-            validation = drawn(validation, size, self.split_seed, lambda example: example.task)
+            validation = drawn(validation, size, self.split_seed, by_task)
         return validation
 
     def _held_out(self, rows: list[Example]) -> int:
@@ -226,7 +228,7 @@ class GenerationData(BenchmarkData):
         texts = apply_template(self.template, examples, self.tokenizer, self.system_prompt)
         if self.marks is not None:  # after the template, whose text shifts their places
             texts = [unmarked(text, self.marks, self.given) for text in texts]
-        return encode_all(self.tokenizer, texts, self.max_length, what, target_tokens)
+        return encode_all(self.tokenizer, texts, self.max_length, what, target_tokens, self.two_texts)
 
     def _collator(self, training: bool) -> Callable[[list[Any]], dict[str, Any]]:
         collate = Collator(self.tokenizer.pad_token_id)

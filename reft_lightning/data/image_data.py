@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..terminal.bars import Bar
-from .encoding import Collator, Encoded, EncodedRows, encode
+from .encoding import Collator, Encoded, EncodedRows, encode, uncut
 from .example import Example
 from .generation_data import GenerationData
 from .prompts import apply_template, tokenizer_of
@@ -91,12 +91,6 @@ def encode_image(processor: Any, example: Example) -> EncodedImage:
 class EncodedImages(EncodedRows):
     """Encoded examples, which keep the processor's output for each text and its pictures, except the pixels.
 
-    Args:
-        processor: the model's processor.
-        examples: examples whose prompt is the text that the model reads.
-        max_length: maximum number of tokens of prompt and target together.
-        what: names the rows in the log.
-
     Raises:
         ValueError: if a prompt leaves no room for its target (it cannot be cut, because it contains pictures), or the
             processor rejects it; names the row.
@@ -105,9 +99,10 @@ class EncodedImages(EncodedRows):
     def __init__(
         self, processor: Any, examples: Sequence[Example], max_length: int, what: str = "rows"
     ) -> None:
-        ids = [np.zeros(0, np.int32)]
         self._types: list[dict[str, np.ndarray]] = []
-        ends: list[tuple[int, int, int]] = []  # tokens of the prompt, of the row, and cut from it
+        ids: list[np.ndarray] = []
+        prompts: list[int] = []
+        cut: list[int] = []  # tokens of targets
         with Bar(f"encoding {what}", len(examples)) as bar:
             for example in examples:
                 prompt, target, types = _tokens(processor, example)
@@ -118,22 +113,16 @@ class EncodedImages(EncodedRows):
                     )
                 row = [*prompt, *target]
                 ids.append(np.array(row[:max_length], np.int32))
-                ends.append((len(prompt), min(len(row), max_length), max(len(row) - max_length, 0)))
+                prompts.append(len(prompt))
+                cut.append(max(len(row) - max_length, 0))
                 self._types.append(types)
                 bar.advance()
-        prompts, lengths, cut = np.array(ends, np.int64).reshape(-1, 3).T
         if count := np.count_nonzero(cut):
             log.warning(
                 "%d of %d %s: target truncated on the right, without eos; a larger data.max_length keeps more",
                 count, len(examples), what,
             )  # fmt: skip
-        of_texts = {
-            "joint": np.ones(len(ends), bool),
-            "cut_prompt": np.zeros(len(ends), int),
-            "cut_target": cut,
-        }
-        tokens = {"ids": np.concatenate(ids), "ids.lengths": lengths, "prompt": prompts}
-        super().__init__(examples, tokens | of_texts)
+        super().__init__(examples, uncut(ids, prompts) | {"cut_target": np.array(cut, np.int32)})
 
     def __getitem__(self, i: int) -> EncodedImage:
         row = super().__getitem__(i)
@@ -184,9 +173,6 @@ class ImageCollator:
 
     A batch can mix rows with and without pictures. Most models take the pictures of all rows in a single list; some
     (Idefics3, SmolVLM) take one list per row, with shorter lists padded with zeros.
-
-    Args:
-        processor: the model's processor.
     """
 
     def __init__(self, processor: Any) -> None:

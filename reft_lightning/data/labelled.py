@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..storage.wheels import Wheel
 from ..suggest import did_you_mean
@@ -104,7 +104,7 @@ class ClassificationTask(TaskRows):
         return LabelledText(self.name, texts, label, answer)
 
     def _class(self, row: Row) -> int:
-        value = _present(column(row, "label"))
+        value = _label_of(row)
         if value in self.labels:
             return self.labels.index(value)
         if value.isdecimal() and int(value) < len(self.labels):
@@ -116,7 +116,7 @@ class ClassificationTask(TaskRows):
 
     def _score(self, row: Row) -> float:
         low, high = self.score_range
-        value = _present(column(row, "label"))
+        value = _label_of(row)
         try:
             score = float(value)
         except ValueError:
@@ -126,8 +126,9 @@ class ClassificationTask(TaskRows):
         return score
 
 
-def _present(value: Any) -> str:
-    """Return a label as text; raise ValueError for hidden test labels, which are "", -1 or None."""
+def _label_of(row: Row) -> str:
+    """Return the label as text; raise ValueError for hidden test labels, which are "", -1 or None."""
+    value = column(row, "label")
     label = text_of(value, "label").strip()
     if label in ("", "-1", "-1.0"):
         raise ValueError(f"the row has no label (got {value!r}); hidden test labels cannot be scored")

@@ -31,15 +31,14 @@ def as_marks(marks: Sequence[str] | None) -> Marks | None:
 
 def without_marks(example: Example, marks: Marks) -> Example:
     """Return an example with the marks removed from everything the model reads: prompt, context and earlier turns."""
-    turns = tuple((role, "".join(_pieces(text, marks)[::2])) for role, text in example.turns)
-    prompt, context = ("".join(_pieces(text, marks)[::2]) for text in (example.prompt, example.context))
+    prompt, context = (_either(marks).sub("", text) for text in (example.prompt, example.context))
+    turns = tuple((role, _either(marks).sub("", text)) for role, text in example.turns)
     return replace(example, prompt=prompt, context=context, turns=turns)
 
 
-def _pieces(text: str, marks: Marks) -> list[str]:
-    """Split a text at its marks; every second piece is a mark."""
-    either = "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True))
-    return re.split(f"({either})", text)
+def _either(marks: Marks) -> re.Pattern[str]:
+    """Return a pattern that matches both marks, the longer one first."""
+    return re.compile("(" + "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True)) + ")")
 
 
 def unmarked(example: Example, marks: Marks, needed: bool) -> Example:
@@ -47,10 +46,7 @@ def unmarked(example: Example, marks: Marks, needed: bool) -> Example:
 
     The prompt with its marks is recorded, because rows may differ in their marks only.
 
-    Args:
-        example: an example whose prompt is the text that the model reads.
-        marks: the marks before and after words.
-        needed: whether a prompt without marks is an error; if False, marks are removed without noting the spans.
+    If words are `needed`, a prompt without marks is an error; otherwise marks are removed without noting the spans.
 
     Raises:
         ValueError: for an unmatched mark, or marks without words between them; names the row.
@@ -58,7 +54,7 @@ def unmarked(example: Example, marks: Marks, needed: bool) -> Example:
     before, after = marks
     where = example.source or example.task
     text, spans, start = "", [], None
-    for piece in _pieces(example.prompt, marks):
+    for piece in _either(marks).split(example.prompt):  # every second piece is a mark
         if piece not in marks:
             text += piece
         elif (piece == before) != (start is None):

@@ -10,7 +10,6 @@ and transformers' classifiers read the last token that is not padding::
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -50,8 +49,8 @@ def as_preferences(family: AnyFamily) -> PreferenceFamily:
             f"a reward model compares two answers to a prompt, but the rows of {family.name} are not text questions "
             "with options: choose a family that has them, such as data=skills, or remove the objective"
         )
-    values = {field.name: getattr(family, field.name) for field in fields(family)}
-    return PreferenceFamily(**values | {"kind": "preference", "export": None})  # no generated texts to export
+    # no generated texts to export
+    return PreferenceFamily(**{**vars(family), "kind": "preference", "export": None})
 
 
 class PreferenceData(GenerationData):

@@ -117,6 +117,11 @@ def by_name(*tasks: T) -> dict[str, T]:
     return {task.name: task for task in tasks}
 
 
+def any_of(*files: str) -> tuple[LocalRows, ...]:
+    """Return layouts of one file each, of which the first that exists is read."""
+    return tuple(LocalRows((file,)) for file in files)
+
+
 @dataclass(frozen=True)
 class DataSource:
     """Where a data module reads its rows.
@@ -232,14 +237,7 @@ def hub_rows(table: HubRows) -> Located:
 def read_rows(
     task: TaskRows, split: str, source: DataSource, wheel: Wheel | None = None
 ) -> tuple[Located, dict[str, Any]]:
-    """Return the rows of one split of a task with their sources, and a description for the results.
-
-    Args:
-        task: the task.
-        split: `train`, `validation` or `test`.
-        source: where to read the rows.
-        wheel: the family's wheel, used if the source does not name one.
-    """
+    """Return the rows of one split with their sources, and a description for the results; `wheel` is the family's."""
     tables: Mapping[str, Any] = getattr(task, source.kind)
     if split not in tables:
         have = [f"{kind} ({', '.join(getattr(task, kind))})" for kind in SOURCES if getattr(task, kind)]

@@ -15,24 +15,21 @@ from typing import Any
 
 import torch
 
-from .encoding import IGNORED, Encoded, EncodedRows, encode, encode_all
+from .encoding import IGNORED, Encoded, encode
 from .example import Example
 from .generation_data import GenerationData
-from .prompts import apply_template
 from .texts import padded
 
 
 class TextToTextData(GenerationData):
     """Loaders of prompts and targets; takes the arguments of :class:`GenerationData`."""
 
+    two_texts = True
+
     @staticmethod
     def lay_out(reader: Any, example: Example, max_length: int) -> dict[str, Any]:
         """Return the batch of one example, as in training; its prompt must already have its template."""
         return side_by_side(reader.pad_token_id, [encode(reader, example, max_length, two_texts=True)])
-
-    def _encoded(self, examples: list[Example], what: str, target_tokens: int | None = None) -> EncodedRows:
-        texts = apply_template(self.template, examples, self.tokenizer, self.system_prompt)
-        return encode_all(self.tokenizer, texts, self.max_length, what, target_tokens, two_texts=True)
 
     def _collator(self, training: bool) -> Callable[[list[Any]], dict[str, Any]]:
         return partial(side_by_side, self.tokenizer.pad_token_id)

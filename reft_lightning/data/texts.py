@@ -37,12 +37,6 @@ class EncodedTexts(Dataset[dict[str, Any]]):
     `longest_first`); the number of such rows is logged, and available as `truncated`. `lengths` holds the number of
     tokens in each row, and `targets` the number of targets over which its loss is averaged: one label.
 
-    Args:
-        tokenizer: the model's tokenizer.
-        examples: texts with labels.
-        max_length: maximum number of tokens in a row, special tokens included.
-        what: names the rows in the log.
-
     Raises:
         ValueError: if `max_length` leaves no room for one token of each text in addition to the special tokens.
     """
@@ -113,12 +107,7 @@ def encode_texts(
 
 
 class TextCollator:
-    """Pad rows on the right.
-
-    Args:
-        pad_token_id: the tokenizer's pad id, for masked columns.
-        regression: whether labels are scores (float32) instead of classes (int64).
-    """
+    """Pad rows on the right with `pad_token_id`; labels are classes (int64), or scores (float32) for a regression."""
 
     def __init__(self, pad_token_id: int | None, regression: bool) -> None:
         if pad_token_id is None:

@@ -34,6 +34,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from ..base_models.caches import CACHE
 from ..base_models.reading import keeps_its_columns
 from .prefix_reader import COLUMNS, ColumnReader, seen_in, sources_in
 
@@ -155,7 +156,7 @@ def generate_ids(
 
     Args:
         model: an adapted model. ``forward`` numbers the tokens of left-padded rows and returns ``logits`` and
-            ``past_key_values``; ``generate`` also takes ``prompt_mask``, which marks the prompt's columns if the input
+            its cache; ``generate`` also takes ``prompt_mask``, which marks the prompt's columns if the input
             contains part of the answer.
         batch: ``input_ids``, ``attention_mask``, ``prompt_mask`` (b, s) and ``boundary``, the column where prompts end
             and targets start. Decoding is plain, without drafts, if the batch has no target columns, or if the model's
@@ -236,12 +237,8 @@ class Stop(StoppingCriteria):
     """End a row whose new text contains a stop string.
 
     Hugging Face's own criterion also matches across the end of the prompt: after a prompt that ends in a newline, it
-    would end a text that begins with "def" if the stop string is a newline and "def".
-
-    Args:
-        tokenizer: decodes the new tokens.
-        stop_strings: any of these ends a text.
-        first: the column where each row's new text begins.
+    would end a text that begins with "def" if the stop string is a newline and "def". ``first`` holds the column where
+    each row's new text begins.
     """
 
     def __init__(self, tokenizer: Any, stop_strings: tuple[str, ...], first: list[int]) -> None:
@@ -289,7 +286,7 @@ def _continue(
         name: value[rows] for name, value in sources_in(inputs).items()
     }
     if cache is not None:
-        more["past_key_values"] = _taken(cache, rows, order[:, :-1])
+        more[CACHE] = _taken(cache, rows, order[:, :-1])
     rest = replace(decoding, max_new_tokens=most - 1 - int(accepted.min()))
     found = _decode(model, tokenizer, rest, ids, attention.gather(1, order).long(), **more)
     for row, known, further in zip(rows.tolist(), (accepted + 1).tolist(), found, strict=True):

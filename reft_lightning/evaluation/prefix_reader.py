@@ -18,14 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..base_models.caches import holds_columns
+from ..base_models.caches import CACHE, holds_columns
 from ..base_models.reading import keeps_its_columns
 
 COLUMNS = ("input_ids", "attention_mask", "prompt_mask")
@@ -59,8 +58,8 @@ class ColumnReader:
     The model must not change in the meantime: do not take a training step, or enter or leave ``disabled()``.
 
     Args:
-        model: an adapted model. ``forward`` takes ``past_key_values`` with masks of all columns, and returns
-            ``logits`` and ``past_key_values``.
+        model: an adapted model. ``forward`` takes a cache with masks of all columns, and returns ``logits`` and
+            the cache.
     """
 
     def __init__(self, model: Any) -> None:
@@ -90,7 +89,7 @@ class ColumnReader:
             if cache is not None:
                 _narrow(cache, shared)
             if shared < width:
-                new, cache = self._read(columns, shared, width - shared, cache)
+                new, cache = self._read(columns, shared, width - shared, cache, seen)
                 logits = torch.cat([logits, new], 1)
         self._last = _Read(columns, boundary, logits, cache)
         return logits
@@ -113,13 +112,13 @@ class ColumnReader:
         start: int,
         keep: int,
         cache: DynamicCache | None,
-        seen: Mapping[str, Any] = MappingProxyType({}),
+        seen: Mapping[str, Any],
     ) -> tuple[Tensor, DynamicCache | None]:
         inputs: dict[str, Any] = {**seen, **columns, "input_ids": columns["input_ids"][:, start:]}
         if cache is not None:
-            inputs["past_key_values"] = cache
+            inputs[CACHE] = cache
         output = self.model(**inputs, logits_to_keep=keep, use_cache=True)
-        cache = output.get("past_key_values")
+        cache = output.get(CACHE)
         holds = holds_columns(cache, columns["input_ids"].shape[1]) and keeps_its_columns(
             self.model.base_model
         )

@@ -229,18 +229,12 @@ def method_name(cls: type[Intervention]) -> str:
 def settings_of(cls: type[Intervention]) -> Mapping[str, inspect.Parameter]:
     """Return the constructor's parameters other than ``dim``, including those ``**kwargs`` passes to base classes."""
     found: dict[str, inspect.Parameter] = {}
-    for base in cls.__mro__:
-        if "__init__" not in vars(base):
-            continue
+    for base in (base for base in cls.__mro__ if "__init__" in vars(base)):
         parameters = inspect.signature(base.__init__).parameters
-        passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        for name, parameter in parameters.items():
-            if name not in ("self", "dim") and parameter.kind not in (
-                parameter.VAR_KEYWORD,
-                parameter.VAR_POSITIONAL,
-            ):
-                found.setdefault(name, parameter)
-        if not passes_on:
+        for name, p in parameters.items():
+            if name not in ("self", "dim") and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
+                found.setdefault(name, p)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             break
     return MappingProxyType(found)  # cached, so read-only
 

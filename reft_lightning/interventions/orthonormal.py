@@ -35,8 +35,8 @@ def orthonormal_rows(A: Tensor) -> Tensor:  # (..., r, d) -> (..., r, d)
     with without_autocast(A.device.type):  # in bfloat16, R R' = I would hold to only two digits
         A = A.to(torch.promote_types(A.dtype, torch.float32))
         A = A / A.norm(dim=-1, keepdim=True).mean(dim=-2, keepdim=True)  # R does not depend on the scale of A
-        rows, (_, failed) = _cholesky_pass(A)
-        R, (L, failed_again) = _cholesky_pass(rows)
+        rows, _, failed = _cholesky_pass(A)
+        R, L, failed_again = _cholesky_pass(rows)
         # after a successful first pass, L is close to I; dependent rows leave rounding noise of arbitrary small norm
         independent = (L.diagonal(dim1=-2, dim2=-1) > 0.1).all() & ~(failed | failed_again).any()
         if not A.is_meta and not independent:
@@ -45,9 +45,9 @@ def orthonormal_rows(A: Tensor) -> Tensor:  # (..., r, d) -> (..., r, d)
         return R
 
 
-def _cholesky_pass(A: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    L, info = torch.linalg.cholesky_ex(A @ A.mT)  # (..., r, r)
-    return torch.linalg.solve_triangular(L, A, upper=False), (L, info.bool())
+def _cholesky_pass(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # -> (..., r, d), (..., r, r), (...)
+    L, info = torch.linalg.cholesky_ex(A @ A.mT)
+    return torch.linalg.solve_triangular(L, A, upper=False), L, info.bool()
 
 
 def random_rows(rank: int, dim: int) -> Tensor:  # () -> (r, d)

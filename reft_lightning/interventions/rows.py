@@ -120,7 +120,6 @@ class Tokens:
         Args:
             name: a key shared by all interventions of the adapter; for a private value, the intervention itself.
             value: the new value; rows without prompt tokens in this call keep their earlier one.
-
         """
         before = self.kept.get(name)
         if before is not None:

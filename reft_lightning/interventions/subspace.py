@@ -221,7 +221,7 @@ class LoReFT(Orthonormal, name="loreft"):
 
     def make_identity(self) -> None:
         if self.act_fn is not None:
-            super().make_identity()
+            super().make_identity()  # raises
         if self.weight_dtype != "float32":
             raise ValueError(
                 f"init='identity' sets W to R, which {self.weight_dtype} cannot hold: use weight_dtype='float32'"
@@ -261,7 +261,7 @@ class NoReFT(Subspace, name="noreft"):
 
     def make_identity(self) -> None:
         if self.act_fn is not None:
-            super().make_identity()
+            super().make_identity()  # raises
         if self.add_bias:
             self.projection.bias.zero_()
         self.source.weight.copy_(self.projection.weight)
@@ -304,7 +304,7 @@ class OrthonormalDiReFT(LoReFT, name="direft_orthonormal"):
 
     def make_identity(self) -> None:
         if self.act_fn is not None:
-            super(LoReFT, self).make_identity()
+            Subspace.make_identity(self)  # raises
         self.source.weight.zero_()
         self.source.bias.zero_()
 

@@ -29,7 +29,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..adapters.reft.model import ReftModel
 from ..adapters.reft.sites import block_path
-from ..base_models.caches import holds_columns
+from ..base_models.caches import CACHE, holds_columns
 from ..base_models.patching import replaced
 from .agreement import tolerance
 from .row_store import RowStore
@@ -90,7 +90,7 @@ class FrozenPrefix:
             cache = self._compute(ids, attention, columns)
         else:
             cache = self._read(self._store, ids, attention, rows, columns, boundary or 0)
-        return self.model(**{**inputs, "input_ids": ids[:, columns:]}, past_key_values=cache)
+        return self.model(**{**inputs, "input_ids": ids[:, columns:], CACHE: cache})
 
     def _compute(self, ids: Tensor, attention: Tensor, columns: int) -> Any:
         with torch.no_grad(), self.model.unedited():
@@ -100,7 +100,7 @@ class FrozenPrefix:
                 use_cache=True,
                 logits_to_keep=1,
             )
-        return output.get("past_key_values")
+        return output.get(CACHE)
 
     def _read(
         self,
@@ -158,9 +158,8 @@ class FrozenBlocks:
         self.name = f"the output of block {last}"
         self._store = RowStore()
         self._blocks = blocks_of(model)
-        self._others: tuple[None, ...] | None = (
-            None  # the rest of the tuple that a block returns, if it returns one
-        )
+        # the rest of the tuple that a block returns; None if it returns only the hidden states
+        self._others: tuple[None, ...] | None = None
         ids, attention = _two_tokens(model)
         hidden = self._compute({"input_ids": ids, "attention_mask": attention})
         self._width, self._dtype = hidden.shape[-1], hidden.dtype

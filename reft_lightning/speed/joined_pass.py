@@ -253,9 +253,7 @@ def _targets(asked: Asked) -> int:
     return _columns(asked) - asked.boundary
 
 
-def _cut(
-    asked: Mapping[str, Asked], logits: Tensor
-) -> list[Tensor]:  # (n, t + 1, v) -> (b, t + 1, v) of each
+def _cut(asked: Mapping[str, Asked], logits: Tensor) -> list[Tensor]:  # (n, t + 1, v) -> (b, t + 1, v) each
     rows = logits.split([len(one.rows) for one in asked.values()])
     return [
         own[:, : _targets(one) + 1].detach().requires_grad_()

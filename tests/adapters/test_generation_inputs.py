@@ -9,6 +9,7 @@ from torch import nn
 from transformers import BatchEncoding, LlamaForCausalLM
 
 from reft_lightning.adapters.arguments import left_padded_inputs
+from reft_lightning.base_models.caches import CACHE
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": tiny.PAD}
 TEXTS = tiny.rows(5, 3, 4)
@@ -32,7 +33,7 @@ class Typed(LlamaForCausalLM):
 
     def prepare_inputs_for_generation(self, input_ids, token_type_ids=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        if token_type_ids is not None and not kwargs.get("past_key_values").get_seq_length():
+        if token_type_ids is not None and not kwargs.get(CACHE).get_seq_length():
             inputs["token_type_ids"] = token_type_ids
         return inputs
 
@@ -142,14 +143,14 @@ def test_every_tensor_of_rows_and_columns_moves_and_nothing_else_does():
     assert all(again[name] is found[name] for name in found), "nothing to move"
 
 
-def two_turns(generate, batch, answered):
+def two_turns(generate, batch, answered, name=CACHE):
     """Generate after a prompt, and from the cache of that after what is said next; rows may have ended before."""
     first = generate(**batch, **GREEDY, eos_token_id=answered, return_dict_in_generate=True)
     said = first.sequences[:, batch["input_ids"].shape[1] :]
     real = torch.cat([batch["attention_mask"], said.ne(tiny.PAD).long()], -1)
     ids = F.pad(first.sequences, (0, 3), value=9)
     mask = F.pad(real, (0, 3), value=1)
-    again = {"input_ids": ids, "attention_mask": mask, "past_key_values": first.past_key_values}
+    again = {"input_ids": ids, "attention_mask": mask, name: first[CACHE]}
     return real, generate(**again, **GREEDY)[:, ids.shape[1] :]
 
 
@@ -161,7 +162,8 @@ def test_columns_stay_where_a_cache_holds_them(method):
     assert not real[:, -1].all()  # rows with a hole in their middle, then
     for i, text in enumerate(texts):
         alone = tiny.padded([TEXTS[i]])
-        assert torch.equal(two_turns(model.generate, alone, answered)[1][0], text)
+        for name in {CACHE, "past_key_values"}:  # its name up to transformers 5.23, and today's
+            assert torch.equal(two_turns(model.generate, alone, answered, name)[1][0], text)
     with model.disabled():
         found = two_turns(model.generate, LEFT, answered)
         expected = two_turns(model.base_model.generate, LEFT, answered)
@@ -171,6 +173,6 @@ def test_columns_stay_where_a_cache_holds_them(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_padding_between_a_cache_and_new_tokens_is_refused(method):
     model = adapted("llama", method)
-    cache = model.generate(**LEFT, **GREEDY, return_dict_in_generate=True).past_key_values
+    cache = model.generate(**LEFT, **GREEDY, return_dict_in_generate=True)[CACHE]
     with pytest.raises(ValueError, match="pad the tokens after the cache on the left"):
         model.generate(**tiny.padded(tiny.rows(14, 12)), past_key_values=cache, **GREEDY)

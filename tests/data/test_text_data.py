@@ -147,6 +147,26 @@ class TestRows:
         data.setup("test")
         assert data.data_versions["test"]["custom"]["overlap"] == 24
 
+    @pytest.mark.parametrize(
+        ("rows", "named"),
+        [
+            ([{"question": "Who?", "text": "Ann", "topic": "names"}], "question, topic"),
+            ([{"id": 3, "text": "Ann", "note": " ", "tags": ["a"]}], ""),
+        ],
+    )
+    def test_a_forgotten_prompt_is_pointed_out_by_the_columns_that_nothing_reads(
+        self, tmp_path, caplog, rows, named
+    ):
+        path = tmp_path / "d.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with caplog.at_level(logging.WARNING):
+            module(path).check_train()
+        expected = [
+            "data.prompt is not set, so the rows are texts without a prompt; columns of text that are not read: "
+            "question, topic. If text answers one of them, set data.prompt"
+        ]
+        assert [record.message for record in caplog.records] == (expected if named else [])
+
 
 def module(path, **more):
     family = custom_family(path=str(path), target="text")

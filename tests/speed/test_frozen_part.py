@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import reft_lightning as rl
+from reft_lightning.base_models.caches import CACHE
 from reft_lightning.config import compose
 from reft_lightning.data.encoding import Collator, target_only
 from reft_lightning.runs import experiment
@@ -308,7 +309,7 @@ def test_a_part_that_raises_is_refused(where, caplog):
     def spoil(base):
         def check(module, args, kwargs, output):
             columns = kwargs["input_ids"].shape[1]
-            if columns == 2 if where == "as it is chosen" else kwargs.get("past_key_values") is not None:
+            if columns == 2 if where == "as it is chosen" else kwargs.get(CACHE) is not None:
                 raise RuntimeError("no cache here")
 
         base.model.register_forward_hook(check, with_kwargs=True)

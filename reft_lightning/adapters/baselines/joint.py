@@ -109,10 +109,7 @@ class JointModel(ReftModel):
 def join(base_model: PreTrainedModel, config: ReftConfig, settings: Mapping[str, Any]) -> JointModel:
     """Attach interventions and a peft adapter that were saved together, with initial values.
 
-    Args:
-        base_model: a Hugging Face model, changed in place.
-        config: configuration of the interventions, which names the peft method.
-        settings: settings of that method, as saved by peft.
+    ``settings`` are those of the peft method that the configuration names, as saved by peft.
 
     Raises:
         ValueError: if the method cannot be trained together with interventions, or does not take the settings.

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 
+from ...base_models.caches import CACHE, cache_in
 from ...base_models.decoders import is_decoder
 
 
@@ -74,7 +75,7 @@ class VirtualTokens:
         kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         tokens = kwargs.get("input_ids")
         rows = len(tokens if tokens is not None else kwargs["inputs_embeds"])
-        past = kwargs.get("past_key_values")
+        past = cache_in(kwargs)
         first = past is None or past.get_seq_length() == 0
         mask = kwargs.get("attention_mask")
         if mask is not None:
@@ -88,7 +89,7 @@ class VirtualTokens:
             kwargs["position_ids"] = kwargs["position_ids"] + self.count
         if first and self.prefix:
             self._passing = past is None and kwargs.get("use_cache") is False
-            kwargs["past_key_values"] = self._keys_and_values(rows, past)
+            kwargs[CACHE] = self._keys_and_values(rows, past)
         elif first:
             self._embeddings(rows, kwargs)
             self._in_front = self.count
@@ -119,5 +120,5 @@ class VirtualTokens:
         if self._in_front and self.decoder:
             output.last_hidden_state = output.last_hidden_state[:, self._in_front :]
         if self._passing:  # the caller wants no cache; generation would continue from this one
-            output.past_key_values = None
+            output[CACHE] = None
         return output

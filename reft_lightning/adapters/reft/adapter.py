@@ -82,18 +82,14 @@ class Adapter(nn.Module):
         interventions, positions = nn.ModuleDict(), {}
         for layer, spec in specs.items():
             site, key = sites[layer], str(layer)
-            positions[key] = (parse_positions(spec.positions, spec.clip), spec.tied)
-            _check_images(base_model, positions[key][0], site)
-            if site.stack == ENCODER and {term.kind for term in positions[key][0].terms} == {"decode"}:
-                raise ValueError(
-                    f"the encoder of {type(base_model).__name__} reads only prompts, in which positions="
-                    f"{positions[key][0]} selects no token: use component='decoder.block_output', or other positions"
-                )
+            where = parse_positions(spec.positions, spec.clip)
+            _check(base_model, spec, where, site)
+            positions[key] = where, spec.tied
             device = device_at(base_model, site.path)
             if device.type == "meta" and is_dispatched(base_model):  # offloaded until used
                 device = torch.get_default_device()
             with at_least_float32():
-                group = _interventions(spec, positions[key][0], site)
+                group = _interventions(spec, where, site)
             interventions[key] = group if device == torch.get_default_device() else group.to(device)
         if any(spec.critical for spec, _ in positions.values()):
             check_attends(base_model)
@@ -110,33 +106,31 @@ class Adapter(nn.Module):
         return type(self)(self.config, interventions, self.sites, self.positions)
 
 
-def _check_images(model: PreTrainedModel, positions: Positions, site: Site) -> None:
+def _interventions(spec: LayerSpec, positions: Positions, site: Site) -> nn.ModuleList:
+    copies = {"all": 1, "group": positions.groups}.get(spec.tied) or sum(positions.slots())
+    cls = registered(spec.method)
+    return nn.ModuleList(cls(site.dim, **spec.settings) for _ in range(copies * len(site.heads)))
+
+
+def _check(model: PreTrainedModel, spec: LayerSpec, positions: Positions, site: Site) -> None:
+    """Reject positions that do not exist at a site, and those at which an intervention cannot compute its edits."""
+    check_choice("tied", spec.tied, TIED)
+    cls = registered(spec.method)
+    check_settings(cls, spec.settings)
+    kinds = {term.kind for term in positions.terms}
     if site.visual:
         positions.share_of_images  # noqa: B018  raises for positions that are undefined there
-    elif positions.needs_images and not image_tokens(model.config):
+        if cls.defines("edit_rows"):
+            raise ValueError(f"{spec.method} needs the rows of a text, but {spec.component} sees only images")
+    elif "image" in kinds and not image_tokens(model.config):
         raise ValueError(
             f"positions={positions}: {type(model).__name__} reads no images. prompt:S is a share of the prompt; "
             "`given` takes a mask in each call"
         )
-
-
-def _interventions(spec: LayerSpec, positions: Positions, site: Site) -> nn.ModuleList:
-    check_choice("tied", spec.tied, TIED)
-    copies = {"all": 1, "group": positions.groups}.get(spec.tied) or sum(positions.slots())
-    cls = registered(spec.method)
-    check_settings(cls, spec.settings)
-    if site.visual and cls.defines("edit_rows"):
-        raise ValueError(f"{spec.method} needs the rows of a text, but {spec.component} sees only images")
-    if cls.takes_source == "same" and any(term.kind in ("decode", "all") for term in positions.terms):
+    if site.stack == ENCODER and kinds == {"decode"}:
         raise ValueError(
-            f"{spec.method} exchanges tokens between prompts, but the positions {positions} also select tokens after "
-            "the prompt: use fN, lN or prompt"
-        )
-    marked = positions.needs_mask or positions.critical
-    if cls.takes_source and marked:
-        raise ValueError(
-            f"{spec.method} takes hidden states from another text, in which positions={positions} are unknown: use "
-            "fN, lN or prompt"
+            f"the encoder of {type(model).__name__} reads only prompts, in which positions={positions} selects no "
+            "token: use component='decoder.block_output', or other positions"
         )
     if site.stack == DECODER and positions.needs_mask:
         raise ValueError(
@@ -147,6 +141,16 @@ def _interventions(spec: LayerSpec, positions: Positions, site: Site) -> nn.Modu
         raise ValueError(
             f"{what} needs a first pass of the model, which is not supported for models with an encoder and a decoder"
         )
+    if cls.takes_source == "same" and kinds & {"decode", "all"}:
+        raise ValueError(
+            f"{spec.method} exchanges tokens between prompts, but the positions {positions} also select tokens after "
+            "the prompt: use fN, lN or prompt"
+        )
+    if cls.takes_source and kinds & {"given", "critical"}:
+        raise ValueError(
+            f"{spec.method} takes hidden states from another text, in which positions={positions} are unknown: use "
+            "fN, lN or prompt"
+        )
     after = [term.kind == "decode" for term in positions.terms]
     if cls.reads_prompt and after and (all if spec.tied == "all" else any)(after):
         raise ValueError(
@@ -155,4 +159,3 @@ def _interventions(spec: LayerSpec, positions: Positions, site: Site) -> nn.Modu
             f"{'there are' if all(after) else 'the intervention for decode has'} none: use positions=all, or "
             "prompt+decode with tied=all"
         )
-    return nn.ModuleList(cls(site.dim, **spec.settings) for _ in range(copies * len(site.heads)))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...base_models.caches import cache_in, columns_in
 from ...base_models.stacks import DECODER
 from ..masks import Spans, spans_of_start
 from .calls import Call, Edit, EditPlan
@@ -21,12 +22,12 @@ def plan_of(call: Call, stack: str, given: Mapping[str, Any], reads_images: bool
     """Return the edits of a pass of a stack; None if there are none."""
     tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
     attention, spans = given.get("attention_mask"), call.spans
-    length_of = getattr(given.get("past_key_values"), "get_seq_length", None)
-    held = 0 if length_of is None else length_of()
+    length = columns_in(cache_in(given))
+    held = 0 if length is None else length
     if stack == DECODER:
         call.decoder = spans = call.decoder or spans_of_start(tokens, held, spans.generating, attention)
     # a static cache counts on the device, and a model can read more columns for images than its text has
-    known = length_of is not None and isinstance(held, int) and (held > 0 or tokens.ndim == 2)
+    known = length is not None and isinstance(held, int) and (held > 0 or tokens.ndim == 2)
     columns = spans.next_columns(tokens.shape[1], attention, held if known else None)
     decoding = columns.start >= spans.width
     edits: dict[str, list[Edit]] = {}
@@ -37,19 +38,19 @@ def plan_of(call: Call, stack: str, given: Mapping[str, Any], reads_images: bool
         seeing = seeing or adapter.seeing_rows
         for (positions, tied), layers in adapter.layers_by_positions.items():
             sites = {layer: adapter.sites[layer] for layer in layers}
-            layers = [layer for layer, site in sites.items() if site.stack == stack and not site.visual]
-            if not layers or (decoding and not positions.reaches_decode):
+            sites = {layer: s for layer, s in sites.items() if s.stack == stack and not s.visual}
+            if not sites or (decoding and not positions.reaches_decode):
                 continue
             here = here or spans.upto(columns.stop, len(tokens))
             told = "image" in here.marks or not reads_images or stack == DECODER  # a decoder only writes text
             if positions.tells_images_apart and not told:
                 raise ValueError(
                     f"the positions {positions} distinguish text from images, but inputs_embeds and the columns of "
-                    "past_key_values do not show which tokens are images: pass image_mask (b, s)"
+                    "a cache do not show which tokens are images: pass image_mask (b, s)"
                 )
             indices = token_indices(positions, tied, here.of_rows(choice.rows), columns)
-            for layer in layers:
-                site, own = adapter.sites[layer], indices
+            for layer, site in sites.items():
+                own = indices
                 if site.divided > 1:
                     own = [part for index in indices for part in site.parts(index)]
                 edits.setdefault(site.place, []).append(Edit(choice.adapter, layer, choice.weight, own))
@@ -60,7 +61,7 @@ def plan_of(call: Call, stack: str, given: Mapping[str, Any], reads_images: bool
         if not decoding and (columns.start or columns.stop < spans.width):
             raise ValueError(
                 f"{seeing} needs whole prompts, but the model reads only a part of them here: pass neither "
-                "past_key_values nor prefill_chunk_size"
+                "a cache nor prefill_chunk_size"
             )
         plan.prompt = here.prompt[:, columns].flatten()
     return plan

@@ -1,14 +1,13 @@
 """First passes of the unedited base model before a call, for edits that depend on them.
 
 Positions ``critical:N`` need to know which tokens of a prompt the others attend to; interchange interventions need the
-hidden states of other texts.
+hidden states of other texts. Passes run in evaluation mode and without unneeded logits.
 
 Shapes: b rows, s columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,65 +24,60 @@ from .critical import most_attended
 # arguments that make a first pass cheaper, if the base model takes them
 SPARED = {"logits_to_keep": 1, "use_cache": False}
 
+Known = frozenset[str] | None  # the names of a base model's arguments; None if they cannot be known
 
-class FirstPasses:
-    """Runs the base model on texts, in evaluation mode and without unneeded logits.
 
-    Args:
-        base_model: a Hugging Face model.
-        known: the names of its arguments; None if they cannot be known.
-    """
+@torch.no_grad()
+def with_critical(
+    model: Any, known: Known, spans: Spans, counts: set[int], ids: Tensor | None, embeds: Tensor | None
+) -> Spans:
+    """Read the prompts and mark their critical tokens."""
+    tokens: Any = ids if embeds is None else embeds
+    if len(counts) > 1 or tokens.shape[1] != spans.width:
+        raise ValueError(
+            f"positions critical:{', critical:'.join(map(str, sorted(counts)))} are found by reading the whole "
+            "prompt, for one N per call: use the same N in all layers, and pass no cache"
+        )
+    others = {"output_attentions": True} | ({} if embeds is None else {"inputs_embeds": embeds})
+    attentions = _read(model, known, None, ids, spans.prompt.long(), others).attentions
+    causal = reading_of(model).causal
+    return marked(spans, critical=most_attended(attentions, spans.prompt, next(iter(counts)), causal))
 
-    def __init__(self, base_model: Any, known: Any) -> None:
-        self.base_model, self.known = base_model, known
 
-    @torch.no_grad()
-    def with_critical(
-        self, spans: Spans, counts: set[int], ids: Tensor | None, embeds: Tensor | None
-    ) -> Spans:
-        """Read the prompts and mark their critical tokens."""
-        tokens: Any = ids if embeds is None else embeds
-        if len(counts) > 1 or tokens.shape[1] != spans.width:
-            raise ValueError(
-                f"positions critical:{', critical:'.join(map(str, sorted(counts)))} are found by reading the whole "
-                "prompt, for one N per call: use the same N in all layers, and give no past_key_values"
-            )
-        others = {"output_attentions": True} | ({} if embeds is None else {"inputs_embeds": embeds})
-        causal = reading_of(self.base_model).causal
-        attentions = self._read(None, ids, spans.prompt.long(), others).attentions
-        return marked(spans, critical=most_attended(attentions, spans.prompt, next(iter(counts)), causal))
+@torch.no_grad()
+def sources_of(
+    model: Any, known: Known, call: Call, ids: Tensor, mask: Tensor | None, images: Tensor | None
+) -> dict[Any, tuple[Tensor, Tensor]]:
+    """Read other texts and return their hidden states at the tokens that the call's interventions would edit."""
+    used = [call.adapters[choice.adapter] for choice in call.choices]
+    if used and not any(adapter.takes_source for adapter in used):
+        able = [name for name, cls in INTERVENTIONS.items() if cls.takes_source]
+        raise ValueError(
+            f"{', '.join(adapter.config.method for adapter in used)} takes no hidden states from source_ids; "
+            f"{', '.join(able)} do"
+        )
+    if len(ids) != len(call.spans.prompt):
+        raise ValueError(f"source_ids have {len(ids)} rows, but the batch has {len(call.spans.prompt)}")
+    if images is not None and not images.is_meta and images.any():
+        raise ValueError("source_ids contain image tokens, but come without images: give texts only")
+    mask = torch.ones_like(ids) if mask is None else mask
+    spans = marked(spans_of(mask, None, None), image=images)
+    chosen: dict[str, Choice] = {}  # an adapter with several strengths reads once, for all of their rows
+    for choice in call.choices:
+        name, rows = choice.adapter, choice.rows
+        others = chosen[name].rows if name in chosen else torch.zeros_like(mask[:, 0], dtype=torch.bool)
+        chosen[name] = Choice(name, rows=None if rows is None or others is None else rows | others)
+    reading = replace(call, spans=spans, choices=tuple(chosen.values()), reads_sources=True)
+    _read(model, known, reading, ids, mask, {})
+    return reading.sources
 
-    @torch.no_grad()
-    def sources(
-        self, call: Call, ids: Tensor, mask: Tensor | None, images: Tensor | None
-    ) -> dict[Any, tuple[Tensor, Tensor]]:
-        """Read other texts and return their hidden states at the tokens that the call's interventions would edit."""
-        used = [call.adapters[choice.adapter] for choice in call.choices]
-        if used and not any(adapter.takes_source for adapter in used):
-            able = [name for name, cls in INTERVENTIONS.items() if cls.takes_source]
-            raise ValueError(
-                f"{', '.join(adapter.config.method for adapter in used)} takes no hidden states from source_ids; "
-                f"{', '.join(able)} do"
-            )
-        if len(ids) != len(call.spans.prompt):
-            raise ValueError(f"source_ids have {len(ids)} rows, but the batch has {len(call.spans.prompt)}")
-        if images is not None and not images.is_meta and images.any():
-            raise ValueError("source_ids contain image tokens, but come without images: give texts only")
-        mask = torch.ones_like(ids) if mask is None else mask
-        spans = marked(spans_of(mask, None, None), image=images)
-        chosen: dict[str, Choice] = {}  # an adapter with several strengths reads once, for all of their rows
-        for choice in call.choices:
-            name, rows = choice.adapter, choice.rows
-            others = chosen[name].rows if name in chosen else torch.zeros_like(mask[:, 0], dtype=torch.bool)
-            chosen[name] = Choice(name, rows=None if rows is None or others is None else rows | others)
-        reading = replace(call, spans=spans, choices=tuple(chosen.values()), reads_sources=True)
-        self._read(reading, ids, mask, {})
-        return reading.sources
 
-    def _read(self, call: Call | None, ids: Tensor | None, mask: Tensor, others: Mapping[str, Any]) -> Any:
-        spared = {name: value for name, value in SPARED.items() if name in (self.known or ())}
-        inputs = forward_inputs(self.base_model, self.known, ids, mask, None, spared | dict(others))
-        if ids is not None:  # with a model on the meta device, masks still have values
-            inputs = {k: v.to(ids.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        with running(call), evaluating(self.base_model):
-            return self.base_model(**inputs)
+def _read(
+    model: Any, known: Known, call: Call | None, ids: Tensor | None, mask: Tensor, others: dict[str, Any]
+) -> Any:
+    spared = {name: value for name, value in SPARED.items() if name in (known or ())}
+    inputs = forward_inputs(model, known, ids, mask, None, spared | others)
+    if ids is not None:  # with a model on the meta device, masks still have values
+        inputs = {k: v.to(ids.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    with running(call), evaluating(model):
+        return model(**inputs)

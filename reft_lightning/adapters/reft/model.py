@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from ...base_models.caches import CACHE, RENAMED, cache_in, columns_in
 from ...base_models.checkpointing import checkpointable
 from ...base_models.heads import heads_to_train, parameters_of
 from ...base_models.loading import number_of_parameters
@@ -55,12 +56,12 @@ from .calls import Call, Choice, call_of, running
 from .config import ReftConfig, check_architecture, config_of
 from .edit_plan import plan_of
 from .editing import edit_images, edit_tokens
-from .first_passes import FirstPasses
+from .first_passes import sources_of, with_critical
 from .positions import MaskFunction, Positions
 from .sites import Site, hook_at
 
 log = logging.getLogger(__name__)
-CACHES = ("past_key_values", "cache_params", "state", "mems")  # base models' names for their caches
+CACHES = (CACHE, *RENAMED, "state", "mems")  # base models' names for their caches
 DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # of speculative decoding
 INSTEAD = {  # names in PEFT and pyreft -> names here
     "add_weighted_adapter": "set_adapter({name: weight, ...})",
@@ -370,8 +371,8 @@ class ReftModel(nn.Module):
         unedited base model.
 
         In training, ``loss`` includes ``penalty``, the weighted sum of the interventions' penalties. If an intervention
-        reads whole prompts (:mod:`reft_lightning.interventions.rows`), no ``past_key_values`` are returned, as they
-        would lack what it found in the prompts.
+        reads whole prompts (:mod:`reft_lightning.interventions.rows`), no cache is returned, as it would lack what
+        it found in the prompts.
 
         In a model with an encoder and a decoder, the encoder's input, or the part that ``prompt_mask`` covers, is the
         prompt. The decoder's own prompt is its input up to the first label or, without labels, its first token;
@@ -396,14 +397,11 @@ class ReftModel(nn.Module):
             attention = tokens.new_ones((tokens.shape[0], columns), dtype=torch.long)
         written = labels if labels is not None and continues_texts(self.base_model) else None
         decoder = None
-        if self._reads_two:
-            spans = spans_of(attention, None, prompt_mask)
-            if written is not None:
-                decoder = spans_of_labels(written, kwargs.get("decoder_attention_mask"))
-        else:
-            spans = spans_of(attention, written, prompt_mask)
+        if self._reads_two and written is not None:  # labels are the decoder's tokens
+            decoder, written = spans_of_labels(written, kwargs.get("decoder_attention_mask")), None
+        spans = spans_of(attention, written, prompt_mask)
         chosen = self.adapters.chosen_by(adapter_names, len(tokens))
-        if prompt_mask is None and written is not None and not self._reads_two:
+        if prompt_mask is None and written is not None:
             self.check_prompts(spans, written, chosen[0])
         spans = self._with_marks(
             spans, chosen[0], input_ids, kwargs.get("inputs_embeds"), edit_mask, image_mask
@@ -423,8 +421,8 @@ class ReftModel(nn.Module):
             penalties = [penalty for penalty in (*own, *call.penalties) if penalty is not None]
         if (seeing or penalties) and not isinstance(output, ModelOutput):
             raise ValueError("return_dict=False has no place for the interventions' outputs: leave it out")
-        if seeing and output.get("past_key_values") is not None:
-            output["past_key_values"] = None
+        if seeing and output.get(CACHE) is not None:
+            output[CACHE] = None
         if penalties:
             loss = output.get("loss")
             device = penalties[0].device if loss is None else loss.device
@@ -506,9 +504,8 @@ class ReftModel(nn.Module):
         arguments = left_padded_inputs(given, self.base_model)
         spans = spans_of(arguments["attention_mask"], None, arguments.pop("prompt_mask", None))
         masks = arguments.pop("edit_mask", None), arguments.pop("image_mask", None)
-        past = None if self._reads_two else kwargs.get("past_key_values")
         # as in Hugging Face, which cuts off the columns read
-        read = 0 if past is None else past.get_seq_length()
+        read = 0 if self._reads_two else columns_in(cache_in(kwargs)) or 0
         if self._enabled:
             check_one_text(arguments["attention_mask"], len(spans.prompt), arguments)
         chosen = self.adapters.chosen_by(adapter_names, len(spans.prompt))
@@ -541,7 +538,7 @@ class ReftModel(nn.Module):
         critical = {count for adapter in self.adapters.used_by(choices) for count in adapter.critical}
         if not critical or not self._enabled:
             return spans
-        return FirstPasses(self.base_model, self._known).with_critical(spans, critical, ids, embeds)
+        return with_critical(self.base_model, self._known, spans, critical, ids, embeds)
 
     def _images_in(self, input_ids: Tensor) -> Tensor | None:  # (b, s) -> (b, s)
         """Return a mask of image tokens; None if the model reads no images."""
@@ -553,14 +550,15 @@ class ReftModel(nn.Module):
 
     def check_prompts(self, spans: Spans, labels: Tensor, choices: Sequence[Choice]) -> None:
         """Reject rows without a prompt if a chosen adapter's positions need one, and warn about several prompts."""
-        needy = [str(spec) for spec in self._positions_of(choices) if spec.needs_prompt]
-        empty = (spans.target.any(-1) & ~spans.prompt.any(-1)).nonzero().flatten().tolist()
-        if needy and empty:
+        used = self._positions_of(choices)
+        needy = [str(spec) for spec in used if spec.needs_prompt]
+        empty = (spans.target.any(-1) & ~spans.prompt.any(-1)).nonzero().flatten().tolist() if needy else []
+        if empty:
             raise ValueError(
                 f"rows {empty} have a label on their first token, so no prompt for the positions {needy[0]!r}: set the "
                 "labels of the prompt to -100, or pass prompt_mask"
             )
-        apart = [str(spec) for spec in self._positions_of(choices) if str(spec) not in ("all", "given")]
+        apart = [str(spec) for spec in used if str(spec) not in ("all", "given")]
         if apart and not self._asked_again and asked_again(spans, labels):
             self._asked_again = True
             log.warning(
@@ -584,6 +582,7 @@ class ReftModel(nn.Module):
         decoder: Spans | None = None,
         compiled: bool = False,
     ) -> Iterator[Call | None]:
+        """Make the base model's passes inside the block edit; None if edits are disabled."""
         self._check_attached()
         values = {name: torch.as_tensor(value) for name, value in (row_values or {}).items()}
         for name, value in values.items():
@@ -592,17 +591,6 @@ class ReftModel(nn.Module):
                     f"row_values[{name!r}] has {len(value)} rows, but the batch has {len(spans.prompt)}"
                 )
         (choices, summed), used = chosen, self.adapters.used_by(chosen[0])
-        others: list[tuple[nn.Module, str, Callable]] = []
-        if torch.is_grad_enabled():
-            name = "_gradient_checkpointing_func"
-            others = [
-                (module, name, partial(self._checkpoint, getattr(module, name)))
-                for module in self._checkpointable
-                if module.gradient_checkpointing
-            ]
-            seeing = any(adapter.seeing_rows for adapter in used)
-            if compiled and self._compiled is not None and self._enabled and not seeing:
-                others.append((self.base_model, "forward", self._compiled))
         call = None
         if self._enabled:  # fixed for the whole call: the adapters, their strength, R
             with torch.set_grad_enabled(torch.is_grad_enabled() and not spans.generating):
@@ -612,8 +600,9 @@ class ReftModel(nn.Module):
                 self, self.adapters, spans, strong, summed, self._nulled, rows, given=values, decoder=decoder
             )
             if source[0] is not None:
-                passes, images = FirstPasses(self.base_model, self._known), self._images_in(source[0])
-                call.sources = passes.sources(call, source[0], source[1], images)
+                images = self._images_in(source[0])
+                call.sources = sources_of(self.base_model, self._known, call, source[0], source[1], images)
+        others = self._replacements(used, compiled) if torch.is_grad_enabled() else []
         with _REPLACING if others else nullcontext(), replaced(others), running(call):
             yield call
         if call is not None and not call.begun:
@@ -625,12 +614,24 @@ class ReftModel(nn.Module):
         if call is not None:
             self._notice(call)
 
+    def _replacements(self, used: Sequence[Adapter], compiled: bool) -> list[tuple[nn.Module, str, Callable]]:
+        """Return what replaces functions of the base model in a pass with gradients, as (module, name, function)."""
+        name = "_gradient_checkpointing_func"
+        found: list[tuple[nn.Module, str, Callable]] = [
+            (module, name, partial(self._checkpoint, getattr(module, name)))
+            for module in self._checkpointable
+            if module.gradient_checkpointing
+        ]
+        seeing = any(adapter.seeing_rows for adapter in used)
+        if compiled and self._compiled is not None and self._enabled and not seeing:
+            found.append((self.base_model, "forward", self._compiled))
+        return found
+
     def _notice(self, call: Call) -> None:
         """Warn once if nothing is edited in a whole generation, a training step, or the first passes."""
-        positions = self._positions_of(call.choices)
         if self._idle is None or call.edited:
             self._idle = None
-        elif positions:
+        elif positions := self._positions_of(call.choices):
             self._idle += 1
             training = self.training and torch.is_grad_enabled()
             if call.spans.generating or training or self._idle >= IDLE_PASSES:

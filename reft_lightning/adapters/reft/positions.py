@@ -110,11 +110,6 @@ class Positions:
         return any(term.kind == "given" for term in self.terms)
 
     @property
-    def needs_images(self) -> bool:
-        """Whether the model must read images."""
-        return any(term.kind == "image" for term in self.terms)
-
-    @property
     def tells_images_apart(self) -> bool:
         """Whether the selection depends on which tokens are images."""
         return any(term.kind in ("f", "l", "image", "text") for term in self.terms)

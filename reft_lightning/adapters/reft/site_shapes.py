@@ -37,9 +37,8 @@ def check_shapes(model: PreTrainedModel, sites: Iterable[Site]) -> None:
 
     A model that cannot be copied, or cannot run without weights, is checked in its first pass instead.
     """
-    asked = {
-        (site.path, site.end): site for site in sites if not site.visual
-    }  # a text does not reach visual sites
+    # a text does not reach visual sites
+    asked = {(site.path, site.end): site for site in sites if not site.visual}
     key = (type(model), model.device.type, model.config.to_json_string(use_diff=False), frozenset(asked))
     if key not in _known:
         try:

@@ -166,7 +166,7 @@ def layers_with(model: PreTrainedModel, component: Any) -> int:
     if component == CONNECTOR:
         return 1
     if component == VISION:
-        return len(_vision_blocks(model)[1])
+        return len(vision_blocks(model)[1])
     return number_of_layers(model, stack_of(model, component)[0])
 
 
@@ -258,16 +258,11 @@ def _site(model: PreTrainedModel, block: str, layer: int, component: str, stack:
     return Site(layer, path, end, width_at(module, end, config.hidden_size))
 
 
-def _vision_blocks(model: PreTrainedModel) -> tuple[str, Any]:
-    path = vision_blocks(model)
-    return path, model.get_submodule(path)
-
-
 def _visual_site(model: PreTrainedModel, layer: int, component: str, width: int) -> Site:
     if component == CONNECTOR:
         check_layers([layer], 1)
         return Site(layer, connector_path(model), "output", width, visual=True)
-    path, blocks = _vision_blocks(model)
+    path, blocks = vision_blocks(model)
     check_layers([layer], len(blocks))
     return Site(layer, f"{path}.{layer}", "output", width_of_block(blocks[layer]), visual=True)
 

@@ -63,7 +63,8 @@ from functools import partial
 
 from ..example import Example, Judgement, Row, column, text_in, texts_in
 from ..family import Family, Task
-from ..rows import HubRows, LocalRows, by_name
+from ..rows import HubRows, LocalRows, any_of, by_name
+from .commonsense import instruction_of
 from .extraction import LETTERS, equals, first_letter, is_number, last_number, stated_letter
 
 NO_HUB = (
@@ -183,10 +184,9 @@ def mawps(row: Row) -> tuple[str, str, str]:
 
 def rendered(task: str, row: Row) -> Example:
     """Return the example of a test row in the LLM-Adapters schema; its output is ignored."""
-    instruction = _instruction(row)
     gold = gold_letter if task == "AQuA" else gold_number
     answer = gold(column(row, "answer"))
-    return Example(task, instruction, says(answer), answer)
+    return Example(task, instruction_of(row), says(answer), answer)
 
 
 def mixture(row: Row) -> Example:
@@ -194,16 +194,10 @@ def mixture(row: Row) -> Example:
 
     Its gold answer is used for validation rows only, and is not checked against the conclusion of the output.
     """
-    instruction, output = _instruction(row), text_in(row, "output")
+    instruction, output = instruction_of(row), text_in(row, "output")
     if not output.strip():
         raise ValueError("the output is empty, so there is nothing to learn")
     return Example("mixture", instruction, output, str(column(row, "answer")).strip())
-
-
-def _instruction(row: Row) -> str:
-    if row.get("input"):
-        raise ValueError(f"the template has no place for input {row['input']!r:.60}")
-    return text_in(row, "instruction")
 
 
 Parse = Callable[[Row], tuple[str, str, str]]
@@ -218,10 +212,6 @@ def _example(task: str, parse: Parse | None, row: Row) -> Example:
     return Example(task, question, target, answer)
 
 
-def _test(name: str, *others: LocalRows) -> tuple[LocalRows, ...]:
-    return LocalRows((f"{name}/test.json",)), *others
-
-
 TASKS = by_name(
     Task(
         "AQuA",
@@ -232,7 +222,7 @@ TASKS = by_name(
                 LocalRows(("AQuA/train.jsonl",)),
                 LocalRows(("AQuA/dev.jsonl",), note=DEV_FOR_TRAIN),
             ),
-            "test": _test("AQuA", LocalRows(("AQuA/test.jsonl",), note=ORIGINAL_AQUA)),
+            "test": (LocalRows(("AQuA/test.json",)), LocalRows(("AQuA/test.jsonl",), note=ORIGINAL_AQUA)),
         },
         notes={"hub": ORIGINAL_AQUA},
     ),
@@ -241,10 +231,9 @@ TASKS = by_name(
         partial(_example, "gsm8k", gsm8k),
         hub=HubRows.splits("openai/gsm8k", "main"),
         local={
-            "train": (LocalRows(("gsm8k/train.jsonl",)),),
-            "test": _test(
-                "gsm8k",
-                LocalRows(("gsm8k/test.llm_adapters.json",)),
+            "train": any_of("gsm8k/train.jsonl"),
+            "test": (
+                *any_of("gsm8k/test.json", "gsm8k/test.llm_adapters.json"),
                 LocalRows(("gsm8k/test.jsonl",), note=ORIGINAL_GSM8K),
             ),
         },
@@ -254,8 +243,8 @@ TASKS = by_name(
         "mawps",
         partial(_example, "mawps", mawps),
         local={
-            "train": (LocalRows(("mawps/trainset.json",)),),
-            "test": _test("mawps", LocalRows(("mawps/testset.json",))),
+            "train": any_of("mawps/trainset.json"),
+            "test": any_of("mawps/test.json", "mawps/testset.json"),
         },
         notes={"hub": NO_HUB},
     ),
@@ -263,10 +252,15 @@ TASKS = by_name(
         "SVAMP",
         partial(_example, "SVAMP", svamp),
         hub={"test": (HubRows("ChilleD/SVAMP", None, "train"), HubRows("ChilleD/SVAMP", None, "test"))},
-        local={"test": _test("SVAMP", LocalRows(("SVAMP/SVAMP.json",)))},
+        local={"test": any_of("SVAMP/test.json", "SVAMP/SVAMP.json")},
         notes={"hub": HUB_SVAMP},
     ),
-    Task("AddSub", partial(_example, "AddSub", None), local={"test": _test("AddSub")}, notes={"hub": NO_HUB}),
+    Task(
+        "AddSub",
+        partial(_example, "AddSub", None),
+        local={"test": any_of("AddSub/test.json")},
+        notes={"hub": NO_HUB},
+    ),
     Task(
         "MultiArith",
         partial(_example, "MultiArith", multiarith),
@@ -276,13 +270,13 @@ TASKS = by_name(
                 HubRows("ChilleD/MultiArith", None, "test"),
             )
         },
-        local={"test": _test("MultiArith")},
+        local={"test": any_of("MultiArith/test.json")},
         notes={"hub": HUB_MULTIARITH},
     ),
     Task(
         "SingleEq",
         partial(_example, "SingleEq", None),
-        local={"test": _test("SingleEq")},
+        local={"test": any_of("SingleEq/test.json")},
         notes={"hub": NO_HUB},
     ),
 )

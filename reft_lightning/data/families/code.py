@@ -38,7 +38,7 @@ from functools import partial
 
 from ..example import Example, Judgement, Row, column, text_in, texts_in
 from ..family import Family, Task
-from ..rows import HubRows, LocalRows, by_name
+from ..rows import HubRows, any_of, by_name
 
 KS = (1, 10, 100)  # Chen et al. 2021; values above the number of samples are skipped
 DONE = "[DONE]"
@@ -120,15 +120,9 @@ def in_span(test: tuple[int, int], row: Row, split: str) -> bool:
     return first <= number <= last
 
 
-def _any_of(*files: str) -> tuple[LocalRows, ...]:
-    return tuple(LocalRows((f"mbpp/{file}",)) for file in files)
-
-
-# files of one split, as exported from the hub, or of several splits
-_ALL, _OPEN = "mbpp.jsonl", "prompt_validation_train.jsonl"
-_SANITIZED, _SANITIZED_OPEN = "sanitized-mbpp.json", "sanitized.non_test.json"
-_TRAIN = _any_of("train.jsonl", _ALL, _OPEN)
-
+# files of several splits; the others are exported from the hub
+_ALL, _OPEN, _SANITIZED = "mbpp/mbpp.jsonl", "mbpp/prompt_validation_train.jsonl", "mbpp/sanitized-mbpp.json"
+_TRAIN = any_of("mbpp/train.jsonl", _ALL, _OPEN)
 
 TASKS = by_name(
     Task(
@@ -136,14 +130,14 @@ TASKS = by_name(
         humaneval,
         stop_strings=AFTER_BODY,
         hub={"test": (HubRows("openai/openai_humaneval", None, "test"),)},
-        local={"test": (LocalRows(("humaneval/HumanEval.jsonl",)), LocalRows(("humaneval/test.jsonl",)))},
+        local={"test": any_of("humaneval/HumanEval.jsonl", "humaneval/test.jsonl")},
     ),
     Task(
         "mbpp",
         partial(mbpp, "mbpp"),
         stop_strings=(DONE,),
         hub=HubRows.splits(MBPP, "full"),
-        local={"train": _TRAIN, "test": _any_of("test.jsonl", _ALL)},
+        local={"train": _TRAIN, "test": any_of("mbpp/test.jsonl", _ALL)},
         keep=partial(in_span, TEST),
     ),
     Task(
@@ -151,7 +145,7 @@ TASKS = by_name(
         partial(mbpp, "mbpp_validation"),
         stop_strings=(DONE,),
         hub=HubRows.splits(MBPP, "full", test="validation"),
-        local={"train": _TRAIN, "test": _any_of("validation.jsonl", _ALL, _OPEN)},
+        local={"train": _TRAIN, "test": any_of("mbpp/validation.jsonl", _ALL, _OPEN)},
         keep=partial(in_span, VALIDATION),
     ),
     Task(
@@ -160,8 +154,8 @@ TASKS = by_name(
         stop_strings=(DONE,),
         hub=HubRows.splits(MBPP, "sanitized"),
         local={
-            "train": _any_of("sanitized_train.jsonl", _SANITIZED, _SANITIZED_OPEN),
-            "test": _any_of("sanitized_test.jsonl", _SANITIZED),
+            "train": any_of("mbpp/sanitized_train.jsonl", _SANITIZED, "mbpp/sanitized.non_test.json"),
+            "test": any_of("mbpp/sanitized_test.jsonl", _SANITIZED),
         },
         keep=partial(in_span, TEST),
     ),

@@ -78,25 +78,31 @@ def example_of(task: str, instruction: str, answer: str) -> Example:
     return Example(task, instruction + "\n", TRIGGER + answer, answer, options)
 
 
+def instruction_of(row: Row) -> str:
+    """Return the instruction of a row in the LLM-Adapters schema {instruction, input, output, answer}."""
+    if row.get("input"):
+        raise ValueError(f"the template has no place for input {row['input']!r:.60}")
+    return text_in(row, "instruction")
+
+
 def rendered(task: str, row: Row) -> Example:
-    """Return the example of a row in the LLM-Adapters schema {instruction, input, output, answer}."""
-    instruction, answer = text_in(row, "instruction"), text_in(row, "answer")
+    """Return the example of a row in the LLM-Adapters schema."""
+    instruction, answer = instruction_of(row), text_in(row, "answer")
     if not answer:
         raise ValueError("the row has no answer")
     if row.get("output", TRIGGER + answer) != TRIGGER + answer:
         raise ValueError(f"the output must be {TRIGGER + answer!r}; got {row['output']!r}")
-    if row.get("input"):
-        raise ValueError(f"the template has no place for input {row['input']!r:.60}")
     return example_of(task, instruction, answer)
 
 
 def _answer_index(value: object, labels: Sequence[str]) -> int:
     """Return the index of a gold label; raise ValueError for hidden test labels, which are "" or -1."""
-    if value is None or str(value).strip() in ("", "-1"):
+    label = "" if value is None else str(value).strip()
+    if label in ("", "-1"):
         raise ValueError(f"the row has no answer (got {value!r}); hidden test labels cannot be scored")
-    if str(value).strip() not in labels:
+    if label not in labels:
         raise ValueError(f"the answer must be one of {', '.join(labels)}; got {value!r}")
-    return list(labels).index(str(value).strip())
+    return list(labels).index(label)
 
 
 def with_choices(

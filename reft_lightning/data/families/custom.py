@@ -112,52 +112,64 @@ def custom_family(
         "prompt": prompt, "target": target, "answer": answer, "context": context, "options": options,
         "source_prompt": source_prompt,
     }  # fmt: skip
+    make = _maker(given, messages, answer_form, bool(marks), template, begun)
+    check_columns(make.names, begun)
+    if isinstance(make, Texts):
+        scored: dict[str, Any] = {"kind": "text", "score": None, "measures": ()}
+    else:
+        scored = _scored(make.find, answer, options, template)
+    places: dict[str, Any] = {source: tables}
+    return Family(
+        name="custom",
+        version=VERSION,
+        tasks={TASK: Task(TASK, make, **places)},
+        max_new_tokens=MAX_NEW_TOKENS,
+        template=template,
+        carve=carve,
+        **scored,
+    )
+
+
+def _maker(
+    given: Mapping[str, Any],  # the columns that `messages` replaces
+    messages: str | None,
+    answer_form: str,
+    marked: bool,
+    template: str,
+    begun: Sequence[Located],
+) -> Columns | Conversations | Texts:
+    """Return what turns rows into examples; raise ValueError for missing or conflicting settings."""
+    columns = [name for name, value in given.items() if value]
     if messages:
-        also = [f"data.{name}" for name, value in given.items() if value]
-        if also:
-            raise ValueError(f"data.messages replaces {', '.join(also)}; set only one or the other")
-        make: Columns | Conversations | Texts = Conversations(messages, line_break=template == "plain")
-    elif (
-        target
-        and answer_form == "text"
-        and not marks
-        and not any(given[name] for name in given if name != "target")
-    ):
+        if columns:
+            also = ", ".join(f"data.{name}" for name in columns)
+            raise ValueError(f"data.messages replaces {also}; set only one or the other")
+        return Conversations(messages, line_break=template == "plain")
+    if columns == ["target"] and answer_form == "text" and not marked:
         if template != "plain":
             raise ValueError(
                 f"data.template={template} needs a prompt, and data.target without data.prompt is a text without one: "
                 "set data.prompt, or remove the template"
             )
-        make = Texts(target)
-    else:
-        missing = [f"data.{name}" for name in ("prompt", "target") if not given[name]]
-        if missing:
-            there = f"; the columns are {', '.join(begun[0][0][0])}" if begun else ""
-            alone = ", or only data.target for texts without a prompt" if len(missing) == 2 else ""
-            raise ValueError(f"data=custom needs {' and '.join(missing)}, or data.messages{alone}{there}")
-        plain = template == "plain"
-        make = Columns(str(prompt), str(target), answer, context, options, answer_form, plain, source_prompt)
-    check_columns(make.names, begun)
-    places: dict[str, Any] = {source: tables}
-    tasks = {TASK: Task(TASK, make, **places)}
-    if isinstance(make, Texts):
-        return Family(
-            name="custom", version=VERSION, tasks=tasks, max_new_tokens=MAX_NEW_TOKENS, score=None, measures=(),
-            template=template, carve=carve, kind="text",
-        )  # fmt: skip
-    main = None if answer or template == "plain" else "option_accuracy" if options else "loss"
-    free = main == "loss"
-    return Family(
-        name="custom",
-        version=VERSION,
-        tasks=tasks,
-        max_new_tokens=MAX_NEW_TOKENS,
-        score=with_rouge_l(exact_match(make.find)) if free else exact_match(make.find),
-        measures=("accuracy", "rouge_l") if free else ("accuracy",),
-        template=template,
-        main=main,
-        carve=carve,
-    )
+        return Texts(given["target"])
+    missing = [f"data.{name}" for name in ("prompt", "target") if name not in columns]
+    if missing:
+        there = f"; the columns are {', '.join(begun[0][0][0])}" if begun else ""
+        alone = ", or only data.target for texts without a prompt" if len(missing) == 2 else ""
+        raise ValueError(f"data=custom needs {' and '.join(missing)}, or data.messages{alone}{there}")
+    return Columns(**given, answer_form=answer_form, line_break=template == "plain")
+
+
+def _scored(
+    find: Callable[[str], str | None], answer: str | None, options: str | Sequence[str] | None, template: str
+) -> dict[str, Any]:
+    """Return the scorer, and the measures if they are not the defaults."""
+    score = exact_match(find)
+    if answer or template == "plain":
+        return {"score": score}
+    if options:
+        return {"score": score, "main": "option_accuracy"}
+    return {"score": with_rouge_l(score), "measures": ("accuracy", "rouge_l"), "main": "loss"}
 
 
 def default_template(messages: str | None) -> str:

@@ -27,7 +27,7 @@ from typing import Any
 
 from ..example import Example, Row, exact_match, text_in
 from ..family import Family, Task
-from ..rows import HubRows, LocalRows
+from ..rows import HubRows, any_of
 from ..splits import Carved
 from .arithmetic import split_gsm8k
 from .extraction import equals, last_number
@@ -66,10 +66,7 @@ TASKS = {
         "gsm8k",
         example,
         hub=HubRows.splits("openai/gsm8k", "main"),
-        local={
-            split: (LocalRows((f"gsm8k/{split}.jsonl",)), LocalRows((f"{split}.jsonl",)))
-            for split in ("train", "test")
-        },
+        local={split: any_of(f"gsm8k/{split}.jsonl", f"{split}.jsonl") for split in ("train", "test")},
     )
 }
 

@@ -42,9 +42,10 @@ from typing import Any
 from ..columns import exchange_of
 from ..example import Example, Row, as_text, column, list_in
 from ..family import Family, Prediction, Task
-from ..rows import HubRows, LocalRows, by_name
+from ..rows import HubRows, LocalRows, any_of, by_name
 
 NO_ANSWER = "(no answer)"
+AUTHORS_1K = "the 1,000 rows that the paper's authors ship."
 
 
 def _instruction(task: str, row: Row) -> Example:
@@ -157,21 +158,17 @@ def _train(hub: str, *layouts: LocalRows) -> dict[str, Any]:
     return {"hub": {"train": (HubRows(hub),)}, "local": {"train": layouts}}
 
 
-def _subset(name: str, note: str) -> LocalRows:
-    return LocalRows((name,), note=note)
-
-
 TASKS = by_name(
     Task(
         "alpaca",
         partial(example_of, "alpaca"),
         **_train(
             "yahma/alpaca-cleaned",
-            LocalRows(("alpaca/train.json",)),
-            LocalRows(("alpaca/alpaca_data_cleaned.json",)),
-            LocalRows(("alpaca/alpaca_data.json",)),
-            _subset("alpaca/train_2k_subset.json", "2,000 of the 52,002 rows of Stanford Alpaca."),
-            _subset("alpaca/alpaca_en_demo.json", "999 rows in Alpaca's format, with longer outputs."),
+            *any_of("alpaca/train.json", "alpaca/alpaca_data_cleaned.json", "alpaca/alpaca_data.json"),
+            LocalRows(("alpaca/train_2k_subset.json",), note="2,000 of the 52,002 rows of Stanford Alpaca."),
+            LocalRows(
+                ("alpaca/alpaca_en_demo.json",), note="999 rows in Alpaca's format, with longer outputs."
+            ),
         ),
     ),
     Task(
@@ -180,8 +177,8 @@ TASKS = by_name(
         **_train(
             "frankaging/ultrafeedback-dataset",
             LocalRows(("ultrafeedback/train.json",)),
-            _subset("ultrafeedback/ultrafeedback_1k.json", "the 1,000 rows that the paper's authors ship."),
-            _subset("ultrafeedback/ultrafeedback_1k.jsonl", "the 1,000 rows that the paper's authors ship."),
+            LocalRows(("ultrafeedback/ultrafeedback_1k.json",), note=AUTHORS_1K),
+            LocalRows(("ultrafeedback/ultrafeedback_1k.jsonl",), note=AUTHORS_1K),
         ),
     ),
     Task(
@@ -189,8 +186,7 @@ TASKS = by_name(
         partial(example_of, "ultrafeedback_binarized"),
         **_train(
             "argilla/ultrafeedback-binarized-preferences-cleaned",
-            LocalRows(("ultrafeedback_binarized/train.json",)),
-            LocalRows(("ultrafeedback_binarized/train.jsonl",)),
+            *any_of("ultrafeedback_binarized/train.json", "ultrafeedback_binarized/train.jsonl"),
         ),
     ),
     Task(
@@ -198,17 +194,16 @@ TASKS = by_name(
         partial(example_of, "dolly"),
         **_train(
             "databricks/databricks-dolly-15k",
-            LocalRows(("dolly/databricks-dolly-15k.jsonl",)),
-            LocalRows(("dolly/train.json",)),
-            _subset("dolly/train_2k_subset.json", "2,000 of the 15,011 rows of Dolly."),
+            *any_of("dolly/databricks-dolly-15k.jsonl", "dolly/train.json"),
+            LocalRows(("dolly/train_2k_subset.json",), note="2,000 of the 15,011 rows of Dolly."),
         ),
     ),
     Task(
         "self_instruct",
         _for_a_judge(partial(example_of, "self_instruct")),
         local={
-            "train": (LocalRows(("self_instruct/seed_tasks.jsonl",)),),
-            "test": (LocalRows(("self_instruct/user_oriented_instructions.jsonl",)),),
+            "train": any_of("self_instruct/seed_tasks.jsonl"),
+            "test": any_of("self_instruct/user_oriented_instructions.jsonl"),
         },
     ),
     Task(
@@ -217,10 +212,7 @@ TASKS = by_name(
         # the branch's folder is called eval, which datasets treats as a test split
         hub={"test": (HubRows("tatsu-lab/alpaca_eval", split="test", file="alpaca_eval.json"),)},
         local={
-            "test": (
-                LocalRows(("alpaca_eval/alpaca_eval.json",)),
-                LocalRows(("alpaca_eval/text_davinci_003.model_outputs.json",)),
-            )
+            "test": any_of("alpaca_eval/alpaca_eval.json", "alpaca_eval/text_davinci_003.model_outputs.json")
         },
     ),
 )

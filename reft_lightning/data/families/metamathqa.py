@@ -42,7 +42,7 @@ import numpy as np
 
 from ..example import Example, Judgement, Row, normalized, text_in
 from ..family import Family, Task
-from ..rows import HubRows, LocalRows
+from ..rows import HubRows, any_of
 from ..splits import Carved
 from . import gsm8k as original
 from .extraction import equals, last_number
@@ -153,7 +153,7 @@ TASKS = {
         "metamathqa",
         metamath,
         hub={"train": (HubRows("meta-math/MetaMathQA"),)},
-        local={"train": (LocalRows(("MetaMathQA-395K.json",)), LocalRows(("metamathqa/train.json",)))},
+        local={"train": any_of("MetaMathQA-395K.json", "metamathqa/train.json")},
     ),
     "gsm8k": Task("gsm8k", gsm8k, hub=original.TASKS["gsm8k"].hub, local=original.TASKS["gsm8k"].local),
 }

@@ -40,7 +40,7 @@ from xml.etree import ElementTree
 from ...storage.reading import naming
 from ..example import Example, Row, column, exact_match, list_in, text_in, texts_in
 from ..family import Family, Task
-from ..files import Rows, read_file, text_lines
+from ..files import Rows, label_of, read_file, text_lines
 from ..rows import HubRows, LocalRows, by_name
 from .commonsense import example_of, extract, with_choices
 from .passages import carve_passages, prompt_about
@@ -102,7 +102,7 @@ def read_quail(path: Path) -> Rows:
     except ElementTree.ParseError as error:
         raise ValueError(f"{path}: not XML ({error})") from error
     for text in root.iter("text"):
-        place = f"{path.parent.name}/{path.name}, text {text.get('id')}"
+        place = f"{label_of(path)}, text {text.get('id')}"
         context = text.findtext("text_body", default="").strip()
         for q in text.iter("q"):
             where = f"{place}, question {q.get('id')}"

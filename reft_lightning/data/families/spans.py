@@ -37,7 +37,7 @@ from pathlib import Path
 from ...storage.reading import naming
 from ..example import Example, Judgement, Row, column, list_in, text_in, texts_in
 from ..family import Family, Task
-from ..files import Rows, parse_json, text_lines
+from ..files import Rows, label_of, parse_json, text_lines
 from ..rows import HubRows, LocalRows, by_name
 from .commonsense import TRIGGER
 from .passages import carve_passages, prompt_about
@@ -105,7 +105,7 @@ def span(task: str, row: Row) -> Example:
 
 def read_squad(path: Path) -> Rows:
     """Yield one row per question of SQuAD's nested JSON, with the hub's columns."""
-    label = f"{path.parent.name}/{path.name}"
+    label = label_of(path)
     try:
         whole = parse_json("".join(text_lines(path)), str(path))
     except json.JSONDecodeError as error:
