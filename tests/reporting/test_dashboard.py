@@ -145,7 +145,7 @@ def test_without_a_key_the_file_is_written_and_the_command_says_how_to_send_it(t
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["projct=x"], "did you mean 'project'"), ([], "FOLDER"), (["none"], "no such folder")],
+    [(["projct=x"], "did you mean 'project'"), ([], "FOLDER"), (["none"], "none: no such folder\n")],
 )
 def test_a_wrong_argument_is_answered(monkeypatch, capsys, arguments, said):
     monkeypatch.setattr(sys, "argv", ["reft-dashboard", *arguments])
