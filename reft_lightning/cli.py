@@ -393,7 +393,6 @@ def evaluate(argv: Sequence[str]) -> None:
             f"limit={options['limit']} and {said[0]} both set the number of rows: leave one of them out"
         )
     rows.sort(key=lambda text: not text.startswith("data="))
-    del options["run"]
     with heavy_imports():
         from .runs.evaluate import evaluate as evaluate_run
 
@@ -534,8 +533,7 @@ def dashboard(argv: Sequence[str]) -> None:
             raise UsageError(f"{folder}: no such folder{did_you_mean(str(folder), siblings)}")
     from .reporting import dashboard as making
 
-    out = options.get("out", Path("dashboard"))
-    making.main(folders, out, options.get("entity"), options.get("project"))
+    making.main(folders, **options)
 
 
 @_command(CONVERT_HELP)
@@ -626,9 +624,11 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 def _run_dir(options: dict[str, Any], key: str = "run") -> Path:
-    if not options.get(key):
+    """Take the run folder from the options."""
+    given = options.pop(key, "")
+    if not given:
         raise UsageError(f"{key}=FOLDER is missing: {WRITTEN}")
-    folder = Path(options[key])
+    folder = Path(given)
     if not folder.is_dir():
         raise UsageError(f"{key}={no_such_folder(folder)}")
     if not (folder / "config.yaml").is_file():

@@ -8,22 +8,16 @@ from functools import partial
 from pathlib import Path
 
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedModel
 
+from ..adapters.adapt import build_on_meta
 from ..adapters.reft.base_of import load_base_of, naming_base
 from ..adapters.reft.config import CONFIG_FILE, ReftConfig, check_architecture
 from ..adapters.reft.model import ReftModel
-from ..adapters.saving import adapter_of, load_adapter, load_saved, warn_of_half
-from ..base_models.decoders import is_decoder
+from ..adapters.saving import adapter_of, load_adapter, warn_of_half
 from ..storage.reading import naming, read_json
 from . import adapterhub, control_vector, easysteer, pyreft
-from .foreign import check_not_joint
+from .foreign import check_not_joint, in_memory
 
 log = logging.getLogger(__name__)
 
@@ -86,14 +80,17 @@ def main(
         if to in CHECKS:
             CHECKS[to](config)
         config = replace(config, base_model=base or named)
-        if to == "reft" or config.heads:
+        if config.beside:
             reft = ReftModel.from_pretrained(load_base_of(config, instead=INSTEAD), folder)
         else:
             reft = _without_weights(config, folder, state)
     elif library == "pyreft":
-        reft = pyreft.from_pyreft(_base_model(base or named), folder, positions=positions, act_fn=act_fn)
-    else:
-        reft = adapterhub.from_adapters(_base_model(base or named), folder, method=method)
+        base_model = _base_model(base or named, weights=False)
+        reft = pyreft.from_pyreft(base_model, folder, positions=positions, act_fn=act_fn)
+    else:  # its saved heads are compared with the base model's
+        headed = any((folder / name).is_file() for name in adapterhub.HEADS)
+        reft = adapterhub.from_adapters(_base_model(base or named, weights=headed), folder, method=method)
+    reft.config.base_model = base or named
     WRITERS[to](reft, out)
     log.info("converted %s, an adapter of %s, to %s in %s", folder, library, to, out)
 
@@ -114,23 +111,22 @@ def _library(folder: Path) -> tuple[str, str]:
 
 
 def _without_weights(config: ReftConfig, folder: Path, state: dict[str, Tensor]) -> ReftModel:
-    """Return a saved adapter on its base model without weights, which only trained heads would need."""
+    """Return a saved adapter on its base model without weights."""
     base_model = load_base_of(config, instead=INSTEAD, weights=False)
     with naming(folder):
         check_architecture(base_model, config.architecture)
-        reft = ReftModel(base_model, config)
+        reft = in_memory(ReftModel(base_model, config))
+        reft.load_adapter_state_dict(state)
+        for name, rows in config.partitions.items():
+            reft.add_partition(name, rows)
     warn_of_half(folder, None)
-    reft.interventions.to_empty(device="cpu")
-    load_saved(reft, folder, state)
-    for name, rows in config.partitions.items():
-        reft.add_partition(name, rows)
     return reft.eval()
 
 
-def _base_model(name: str) -> PreTrainedModel:
+def _base_model(name: str, weights: bool) -> PreTrainedModel:
+    """Return the base model of another library's adapter; without weights, it is on the meta device."""
     with naming_base(name, INSTEAD):
         config = AutoConfig.from_pretrained(name)
-        kind = AutoModelForCausalLM if is_decoder(config) else AutoModel
-        if str((config.architectures or [""])[0]).endswith("ForSequenceClassification"):
-            kind = AutoModelForSequenceClassification
-        return kind.from_pretrained(name)
+        classifies = str((config.architectures or [""])[0]).endswith("ForSequenceClassification")
+        on_meta = build_on_meta(config, "sequence_classification" if classifies else "causal_lm")
+        return type(on_meta).from_pretrained(name) if weights else on_meta

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import swap_tensors
 from transformers import PreTrainedModel
 
 from ..adapters.attaching import all_or_nothing, unseen_draws
@@ -97,6 +98,17 @@ def check_alone(reft: ReftModel, library: str) -> None:
         )
 
 
+def in_memory(reft: ReftModel) -> ReftModel:
+    """Give trained tensors memory, to be filled from a file, if the base model is on the meta device."""
+    for module in (reft.interventions, *map(reft.base_model.get_submodule, reft.config.heads)):
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_meta:
+                held = torch.empty_like(tensor, device="cpu")
+                # in place, so that tied parameters stay tied
+                swap_tensors(tensor, nn.Parameter(held) if isinstance(tensor, nn.Parameter) else held)
+    return reft
+
+
 def attached(
     base_model: PreTrainedModel,
     folder: Path,
@@ -111,14 +123,14 @@ def attached(
     Raises:
         ValueError: if it does not fit the model; the message names the folder.
     """
-    first = dict(next(iter(layers.values())))
-    shared = {key for key, value in first.items() if all(own.get(key) == value for own in layers.values())}
-    method = first["method"]
+    first = next(iter(layers.values()))
+    shared = {
+        key: value for key, value in first.items() if all(own.get(key) == value for own in layers.values())
+    }
     own = {layer: {k: v for k, v in values.items() if k not in shared} for layer, values in layers.items()}
-    common = {key: first[key] for key in first if key in shared and key != "method"}
+    listed = own if any(own.values()) else list(own)
     with naming(folder), all_or_nothing(base_model), unseen_draws():
-        reft = attach(
-            base_model, method, layers=own if any(own.values()) else list(own), **common, **settings
-        )
+        reft = attach(base_model, **{"method": first["method"], **shared}, layers=listed, **settings)
+        in_memory(reft)
         reft.load_adapter_state_dict(state)
         return reft.eval()

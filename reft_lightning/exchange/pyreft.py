@@ -43,7 +43,7 @@ from ..base_models.heads import parameters_of
 from ..interventions import Intervention, method_name
 from ..storage.atomic import write_json, write_whole
 from ..storage.reading import naming, read_json
-from .foreign import attached, check_alone, orthogonal_map, read_pickled, take
+from .foreign import attached, check_alone, in_memory, orthogonal_map, read_pickled, take
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def from_pyreft(
     head_state = {f"heads.{path}": tensor for path, tensor in heads.items()}
     if isinstance(values.get(OURS), dict) and positions is None and act_fn is None and not dropout:
         with naming(folder / CONFIG), all_or_nothing(base_model):
-            reft = ReftModel(base_model, ReftConfig.from_dict(values[OURS]))
+            reft = in_memory(ReftModel(base_model, ReftConfig.from_dict(values[OURS])))
             state = {}
             for layer in reft.config.layers:
                 site = _component(reft.config.for_layer(layer).component, layer)

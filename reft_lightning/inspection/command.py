@@ -15,6 +15,7 @@ from ..adapters.methods import method_named
 from ..adapters.reft.config import CONFIG_FILE
 from ..adapters.reft.measuring import saved_interventions
 from ..adapters.reft.sites import HEAD
+from ..config.schema import Config
 from ..interventions import intervention_class, method_name
 from ..runs.arguments import method_of, needs_marks, untrained
 from ..runs.build import Objects, prepare
@@ -24,20 +25,20 @@ from ..runs.other_rows import on_other_rows
 from ..runs.run_folder import load_run_config
 from ..storage.atomic import write_json
 from ..storage.reading import read_json
-from ..suggest import needs_extra, no_such_folder
+from ..suggest import needs_extra
 from ..terminal.bars import Bar
+from ..terminal.lines import say
 from . import findings
 from .figures import draw
 from .perplexity import OWN, windows
 from .view import show
 
 log = logging.getLogger(__name__)
-ROWS = 32
 
 
 def main(
     folders: Sequence[Path],
-    rows: int = ROWS,
+    rows: int = 32,
     forget: Sequence[str] = (),
     text: Path | None = None,
     out: Path | None = None,
@@ -54,7 +55,7 @@ def main(
     """
     with needs_extra("report", "the figures need matplotlib"):
         import matplotlib  # noqa: F401
-    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    console = console or Console(width=None if sys.stdout.isatty() else 120, emoji=False)
     runs = [_run_of(folder) for folder in folders]
     out = out or runs[0] / "inspection"
     angles = _compare(runs)
@@ -73,14 +74,12 @@ def main(
     pictures = draw(found, out)
     show(found, console)
     for path in (out / "inspect.json", *pictures):
-        console.print(str(path), soft_wrap=True, highlight=False, markup=False)
+        say(console, str(path))
     return found
 
 
 def _run_of(folder: Path) -> Path:
     """Return the run folder of a run or its adapter, or the folder of an adapter without a run."""
-    if not folder.is_dir():
-        raise ValueError(no_such_folder(folder))
     for place in (folder, folder.parent):
         if (place / "config.yaml").is_file() and (place / "adapter").is_dir():
             return place
@@ -122,15 +121,18 @@ def _subspaces(run: Path, adapter: Path) -> findings.Subspaces:
     )
 
 
+def _with_rows(config: Config, rows: int) -> Config:
+    """Read so many validation rows, and train rows only as far as the validation split needs them."""
+    return replace(config, data=replace(config.data, limit_validation=rows, limit_train=1))
+
+
 def _inspect(folder: Path, rows: int, forget: Sequence[str], text: Path | None, out: Path) -> dict[str, Any]:
     config = load_run_config(folder)
-    # train rows are read only as far as the validation split needs them
-    data = replace(config.data, limit_validation=rows, limit_train=1)
-    config = replace(config, data=data, test=False, evaluate_base=False)
-    other = on_other_rows(config, forget, forget[0].replace("data=", "forget=")) if forget else None
-    if other:
-        other = replace(other, data=replace(other.data, limit_validation=rows, limit_train=1))
-    prepared = prepare(untrained(other)) if other else None
+    config = replace(_with_rows(config, rows), test=False, evaluate_base=False)
+    other = prepared = None
+    if forget:
+        other = _with_rows(on_other_rows(config, forget, forget[0].replace("data=", "forget=")), rows)
+        prepared = prepare(untrained(other))
     plan = prepare(untrained(config))
     if not plan.data.val_tasks:
         raise ValueError(f"{folder} has no validation rows, which inspection needs")

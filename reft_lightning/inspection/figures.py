@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..storage.atomic import write_whole
 from .angles import spread
 from .findings import main_score
@@ -52,8 +54,8 @@ def draw(found: dict[str, Any], out: Path) -> list[Path]:
 def _edit_norm(figure: Figure, found: dict[str, Any]) -> None:
     norm = found["edit_norm"]
     layers, places = norm["layers"], norm["positions"]
-    grid = [[norm["by_position"].get(layer, [float("nan")] * len(places))[i] for layer in layers]
-            for i in range(len(places))]  # fmt: skip
+    missing = [float("nan")] * len(places)
+    grid = np.transpose([norm["by_position"].get(layer, missing) for layer in layers])
     axes = figure.subplots()
     image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
     axes.set_yticks(range(len(places)), places)

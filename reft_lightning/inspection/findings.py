@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +111,7 @@ def find(run: Inspected, step: Step = lambda what: None) -> dict[str, Any]:
         found["logit_lens"], left_out = _lens(run, reft, norms)
         found["not_inspected"] += left_out
     found["without"] = _without(run, reft, step)
-    found["strength"] = [{"scale": scale, **scores} for scale, scores in _strengths(run, reft, step)]
+    found["strength"] = _strengths(run, reft, step)
     return found
 
 
@@ -183,11 +183,10 @@ def _lens(run: Inspected, reft: ReftModel, norms: EditNorms) -> tuple[list[dict[
         with torch.no_grad():
             for number, phi in enumerate(group):
                 of = f" ({number})" if len(group) > 1 else ""
-                directions = phi.directions
                 zero = torch.zeros(1, phi.dim, device=next(phi.parameters()).device)
                 named.append((f"constant{of}", reft.scale * phi.edit(zero)[0]))
-                rows = [] if directions is None else list(directions)
-                named += [(f"row {k}{of}", row) for k, row in enumerate(rows)]
+                rows = phi.directions
+                named += [(f"row {k}{of}", row) for k, row in enumerate([] if rows is None else rows)]
         directions = torch.stack([vector.to(base.device) for _, vector in named])
         logits = logits_of(base, torch.cat([directions, -directions]))
         tops = [[repr(tokenizer.decode([i])) for i in row] for row in logits.topk(TOKENS).indices.tolist()]
@@ -216,20 +215,16 @@ def _without(run: Inspected, reft: ReftModel, step: Step) -> dict[str, Any]:
     }
 
 
-def _strengths(run: Inspected, reft: ReftModel, step: Step) -> Iterator[tuple[float, Scores]]:
-    for scale in SCALES:
-        step(f"strength {scale:g}")
-        with _scaled(reft, reft.scale * scale):
-            yield scale, run.everything()
-
-
-@contextmanager
-def _scaled(reft: ReftModel, scale: float) -> Iterator[None]:
-    before, reft.scale = reft.scale, scale
+def _strengths(run: Inspected, reft: ReftModel, step: Step) -> list[Scores]:
+    trained, curve = reft.scale, []
     try:
-        yield
+        for scale in SCALES:
+            step(f"strength {scale:g}")
+            reft.scale = trained * scale
+            curve.append({"scale": scale, **run.everything()})
     finally:
-        reft.scale = before
+        reft.scale = trained
+    return curve
 
 
 def main_score(scores: Scores) -> str:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..suggest import check_choice
-
 T = 1e12
 
 
@@ -34,9 +32,3 @@ GPUS = {
     "l40s": GPU(48e9, 0.864 * T, 362 * T, 183 * T, 91.6 * T),
     "rtx_4090": GPU(24e9, 1.008 * T, 165 * T, 82.6 * T, 82.6 * T),
 }
-
-
-def gpu_named(name: str) -> GPU:
-    """Return the GPU of that name."""
-    check_choice("gpu", name, GPUS)
-    return GPUS[name]

@@ -44,14 +44,17 @@ from ..data.text_to_text import side_by_side
 from ..evaluation.prefix_reader import SOURCES
 from ..runs.arguments import method_of, needs_marks
 from ..runs.build import Outline, outline, prepare
+from ..runs.checks import check_batches
 from ..runs.kinds import kind_of
 from ..runs.own_process import ranks_of
 from ..runs.trainer import quiet_lightning
+from ..suggest import check_choice
+from ..terminal.lines import say
 from ..terminal.sizes import size
 from ..training.module import optimizer_steps
 from ..training.objectives import SFT
 from ..training.objectives.base import inputs_of
-from .gpus import GPU, gpu_named
+from .gpus import GPU, GPUS
 
 COUNTED = (  # trainer keys that determine the number of steps
     "max_epochs", "max_steps", "max_time", "fast_dev_run", "limit_train_batches", "overfit_batches",
@@ -102,11 +105,12 @@ def main(
     Raises:
         ValueError, OSError: for anything that ``reft-train`` refuses, or a model that does not run without weights.
     """
-    named = None if gpu is None else gpu_named(gpu)
+    if gpu is not None:
+        check_choice("gpu", gpu, GPUS)
     config = compose.compose(overrides)
     found = plan(config, prompt, target or 1)
-    if named is not None:
-        found["gpu"] = {"name": gpu, **on_gpu(found, config, named)}
+    if gpu is not None:
+        found["gpu"] = {"name": gpu, **on_gpu(found, config, GPUS[gpu])}
     show(found, Console(soft_wrap=True))
     return found
 
@@ -127,19 +131,12 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
                 "tokens of images; the vision tower is not counted"
             )
         run = prepare(config, run)
+        check_batches(config, run.data, _ranks(config))
         batches, rows = _batches_of(run.data)
     else:
-        rows = {}
-        batch = _batch(run, config.data.batch_size * (1 + run.objective.pairs), prompt, target)
-        if config.data.source_prompt:
-            ids, mask = (batch[name][:, :prompt] for name in ("input_ids", "attention_mask"))
-            batch |= {"source_ids": ids, "source_mask": mask}
-        if needs_marks(config.intervention):
-            batch["edit_mask"] = batch["prompt_mask"]
-        batches = {"given": batch}
+        batches, rows = {"given": _given(run, config, prompt, target)}, {}
     base, notes = _build(run)
-    if prompt is not None and needs_marks(config.intervention):
-        notes.append("positions `given`: counted as if the whole prompt were marked")
+    notes += _notes(config, run, prompt is not None)
     base.to(getattr(torch, config.model.dtype))
     if run.source["task"] == "sequence_classification" and config.model.float32_logits:
         widen_heads(base)
@@ -156,25 +153,6 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
         state = model.adapter_state_dict()
     except NotImplementedError:  # peft copies the values of virtual tokens to the CPU
         state = trained
-    if type(run.objective) is not SFT:
-        notes.append(
-            f"objective {type(run.objective).__name__}: only one pass with the edits is counted, not its passes of the "
-            "frozen base or with nulled edits"
-        )
-    if any(
-        str(entry.get("_target_")).endswith("GradientAccumulationScheduler")
-        for entry in config.callbacks.values()
-    ):
-        notes.append(
-            "callbacks: the count of steps ignores gradient accumulation that changes between epochs"
-        )
-    precision, counted = config.trainer.precision, f"counted in model.dtype={config.model.dtype}"
-    if config.model.gradient_checkpointing:
-        notes.append("gradient checkpointing saves less for the backward pass and recomputes it: not counted")
-    if config.model.quantization:
-        notes.append(f"model.quantization: the base is {counted}")
-    if "mixed" in str(precision):
-        notes.append(f"trainer.precision={precision}: {counted}")
     return {
         "model": config.model.name, "method": method_of(config), "trainable_parameters": run.count.trainable,
         "head_parameters": sum(p.numel() for p in model.parameter_roles()["head"]),
@@ -186,6 +164,24 @@ def plan(config: Config, prompt: int | None = None, target: int = 1) -> dict[str
         },
         **_steps(config, rows), "notes": notes,
     }  # fmt: skip
+
+
+def _notes(config: Config, run: Outline, given: bool) -> list[str]:
+    """Return what the plan of a configuration does not count, or counts otherwise."""
+    precision, counted = config.trainer.precision, f"counted in model.dtype={config.model.dtype}"
+    callbacks = [str(entry.get("_target_")) for entry in config.callbacks.values()]
+    scheduled = any(name.endswith("GradientAccumulationScheduler") for name in callbacks)
+    notes = {
+        "positions `given`: counted as if the whole prompt were marked": given and needs_marks(config.intervention),
+        f"objective {type(run.objective).__name__}: only one pass with the edits is counted, not its passes of the "
+        "frozen base or with nulled edits": type(run.objective) is not SFT,
+        "callbacks: the count of steps ignores gradient accumulation that changes between epochs": scheduled,
+        "gradient checkpointing saves less for the backward pass and recomputes it: not counted":
+            config.model.gradient_checkpointing,
+        f"model.quantization: the base is {counted}": config.model.quantization,
+        f"trainer.precision={precision}: {counted}": "mixed" in str(precision),
+    }  # fmt: skip
+    return [note for note, holds in notes.items() if holds]
 
 
 # --- batches ------------------------------------------------------------------------------------------------------
@@ -201,12 +197,21 @@ def _batches_of(data: Any) -> tuple[dict[str, Batch], dict[str, int]]:
     return {"median": middle, "largest": largest}, {"batches": len(batches), "tokens": tokens}
 
 
-def _batch(run: Outline, rows: int, prompt: int, target: int) -> Batch:
+def _given(run: Outline, config: Config, prompt: int, target: int) -> Batch:
+    """Return a batch of rows of these lengths."""
+    rows = config.data.batch_size * (1 + run.objective.pairs)
     if kind_of(run.family).generates:
         collate = partial(side_by_side, 0) if run.source["task"] == "seq2seq_lm" else Collator(0)
-        return collate([Encoded([0] * prompt, [0] * target, Example("", "", "", ""))] * rows)
-    ids = torch.zeros(rows, prompt, dtype=torch.long)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        batch = collate([Encoded([0] * prompt, [0] * target, Example("", "", "", ""))] * rows)
+    else:
+        ids = torch.zeros(rows, prompt, dtype=torch.long)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if config.data.source_prompt:
+        ids, mask = (batch[name][:, :prompt] for name in ("input_ids", "attention_mask"))
+        batch |= {"source_ids": ids, "source_mask": mask}
+    if needs_marks(config.intervention):
+        batch["edit_mask"] = batch["prompt_mask"]
+    return batch
 
 
 def _steps(config: Config, rows: Mapping[str, int]) -> dict[str, int]:
@@ -385,13 +390,10 @@ def file_bytes(state: Mapping[str, Tensor]) -> int:
 
 def show(found: Mapping[str, Any], console: Console) -> None:
     """Print the plan."""
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False)
-
+    tell = partial(say, console)
     trained, base, heads = (found[f"{name}_parameters"] for name in ("trainable", "base", "head"))
     percent = f"{100 * trained / base:.4f} % of {base:,}" + (f"; {heads:,} of heads" if heads else "")
-    say(f"{found['model']}, {found['method']}: {trained:,} trained parameters, {percent}")
+    tell(f"{found['model']}, {found['method']}: {trained:,} trained parameters, {percent}")
     table = Table("", *(f"{name} batch" for name in found["batches"]))
     lines = {
         "rows x columns, including padding": lambda c: f"{c['rows']} x {c['columns']}",
@@ -407,16 +409,16 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     for name, value in lines.items():
         table.add_row(name, *(value(cost) for cost in found["batches"].values()))
     console.print(table)
-    say(f"the base: {size(found['base_bytes'])}; gradients and Adam's moments: {size(found['optimizer_bytes'])}; "
-        f"the adapter's file: {size(found['adapter_bytes'])}")  # fmt: skip
+    tell(f"the base: {size(found['base_bytes'])}; gradients and Adam's moments: {size(found['optimizer_bytes'])}; "
+         f"the adapter's file: {size(found['adapter_bytes'])}")  # fmt: skip
     if "epoch_batches" in found:
         steps = f"{found['optimizer_steps']:,}" if "optimizer_steps" in found else "no fixed number of"
-        say(f"an epoch over all rows has {found['epoch_tokens']:,} tokens and {found['epoch_batches']:,} batches; "
-            f"{steps} optimizer steps in total")  # fmt: skip
+        tell(f"an epoch over all rows has {found['epoch_tokens']:,} tokens and {found['epoch_batches']:,} batches; "
+             f"{steps} optimizer steps in total")  # fmt: skip
     if gpu := found.get("gpu"):
         several = f"each of {gpu['count']} " if gpu["count"] > 1 else "one "
         whole = f", {gpu['seconds']:.3g} s in total" if "seconds" in gpu else ""
-        say(f"{several}{gpu['name']}: at least {size(gpu['bytes'])} of its {size(gpu['memory'])}, "
-            f"{1000 * gpu['batch_seconds']:.3g} ms per batch{whole}, at its data sheet's peak rate")  # fmt: skip
+        tell(f"{several}{gpu['name']}: at least {size(gpu['bytes'])} of its {size(gpu['memory'])}, "
+             f"{1000 * gpu['batch_seconds']:.3g} ms per batch{whole}, at its data sheet's peak rate")  # fmt: skip
     for note in found["notes"]:
-        say(note)
+        tell(note)

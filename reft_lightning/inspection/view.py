@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..terminal.lines import say
 from .angles import spread
 from .findings import main_score
 
@@ -20,7 +21,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     if "model" in found:
         parameters = f"{found['trainable_parameters']:,} trained parameters"
         rows = f"{found['rows']} validation rows of {', '.join(found['tasks'])}"
-        console.print(f"[bold]{escape(found['folder'])}[/bold]", soft_wrap=True, highlight=False)
+        say(console, found["folder"], "bold")
         console.print(escape(f"{found['model']}, {found['method']}, {parameters}; {rows}"), soft_wrap=True)
         _scores(found, console)
     if "edit_norm" in found:
@@ -32,7 +33,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     if "strength" in found:
         _strength(found["strength"], console)
     for line in found["not_inspected"]:
-        console.print(escape(line), soft_wrap=True, highlight=False)
+        say(console, line)
 
 
 def _table(console: Console, title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -94,22 +95,20 @@ def _angles(angles: dict[str, Any], console: Console) -> None:
     ]  # fmt: skip
     if pairs:
         least, one, other, _ = min(pairs)
-        console.print(
+        say(
+            console,
             f"subspaces of layers: {fmean(pair[0] for pair in pairs):.1f} degrees apart on average, nearest {other} "
             f"and {one} with {least:.1f}; chance {spread(pair[3] for pair in pairs)}",
-            soft_wrap=True, highlight=False,
-        )  # fmt: skip
+        )
     for name, by_layer in angles["runs"].items():
         if by_layer:
             found = [pair["angle"] for pair in by_layer.values()]
             expected = spread(pair["chance"] for pair in by_layer.values())
-            console.print(
-                escape(
-                    f"same layers of {name}: {fmean(found):.1f} degrees apart on average, nearest {min(found):.1f}; "
-                    f"chance {expected}"
-                ),
-                soft_wrap=True, highlight=False,
-            )  # fmt: skip
+            say(
+                console,
+                f"same layers of {name}: {fmean(found):.1f} degrees apart on average, nearest {min(found):.1f}; "
+                f"chance {expected}",
+            )
 
 
 def _lens(found: dict[str, Any], console: Console) -> None:

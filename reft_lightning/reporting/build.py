@@ -11,7 +11,7 @@ from .comparisons import Comparison
 from .evidence import RESAMPLES, add_evidence, deviating
 from .grouping import compare, used_split
 from .runs import RUN_FOLDER, LeftOut, Read, Run, find_folders, read_runs
-from .studies import Study, begun_anew, mark_edges, read_study
+from .studies import Study, begun_anew, read_study
 
 
 @dataclass
@@ -62,7 +62,6 @@ def build_report(
         raise ValueError(
             "\n".join([f"nothing to report: no complete run has a score on {where}", *reasons, RUN_FOLDER])
         )
-    mark_edges(comparisons)
     with Bar("resampling rows and seeds", len(comparisons)) as bar:
         for comparison in comparisons:
             add_evidence(comparison, resamples, seed)

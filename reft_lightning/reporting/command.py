@@ -18,6 +18,7 @@ from rich.text import Text
 from ..storage.atomic import write_text, write_whole
 from ..suggest import needs_extra
 from ..terminal.bars import Bar
+from ..terminal.lines import say
 from . import plots, records, tables
 from .build import Report, build_report
 from .evidence import RESAMPLES
@@ -60,14 +61,14 @@ def main(
         raise ValueError(f"out must be a folder; {out} is a file")
     report = build_report(folders, split, resamples, seed)
     html = write(report, out)
-    console = console or Console(width=None if sys.stdout.isatty() else 140)
+    console = console or Console(width=None if sys.stdout.isatty() else 140, emoji=False)
     print_report(report, console)
     if wandb:
         log_to_wandb(report, html, out, project)
     for name, what in FILES.items():
         console.print(f"{escape(str(out / name))}  [dim]{what}[/dim]", soft_wrap=True, highlight=False)
     where = (out / "report.html").resolve().as_uri()
-    console.print(f"open in a browser: {escape(where)}", soft_wrap=True, highlight=False)
+    say(console, f"open in a browser: {where}")
     return report
 
 
@@ -108,39 +109,35 @@ def _file_names(titles: Iterable[str]) -> dict[str, str]:
 
 def print_report(report: Report, console: Console) -> None:
     """Print scores, budgets, notes and the folders left out."""
-
-    def say(text: str, style: str | None = None) -> None:
-        console.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
-
+    tell = partial(say, console)
     for comparison in report.comparisons:
         table = tables.score_table(comparison)
         shown = RichTable()
-        say(comparison.title, "bold")
+        tell(comparison.title, "bold")
         for i, name in enumerate(table.columns):
             shown.add_column(escape(name), justify="right" if i else "left")
         for row in table.rows:
             shown.add_row(*(Text(cell.text, "bold" if cell.best else "") for cell in row))
         console.print(shown)
         for note in table.notes:
-            say(note)
+            tell(note)
         for line in comparison.unequal:
-            say(line, "bold yellow")
+            tell(line, "bold yellow")
         for line in (tables.verdict(comparison), *comparison.notes):
-            say(line)
+            tell(line)
         console.print()
     for study in report.studies:
-        best = {method: trial for method in study.trials if (trial := study.best(method))}
         said = ", ".join(
-            f"{method} {tables.number(trial.value, study.measure)} (trial {trial.number})"
-            for method, trial in best.items()
-        )
-        say(f"study {study.folder}: best {tables.monitored(study)}: {said}; {study.budget}")
+            f"{method} {tables.number(best.value, study.measure)} (trial {best.number})"
+            for method in study.trials if (best := study.best(method))
+        )  # fmt: skip
+        tell(f"study {study.folder}: best {tables.monitored(study)}: {said}; {study.budget}")
         for note in tables.study_table(study).notes:
-            say(note)
+            tell(note)
     for note in tables.read_table(report.reads).notes:
-        say(note, "bold yellow")
+        tell(note, "bold yellow")
     for item in report.left:
-        say(f"left out: {item.folder}: {item.reason}")
+        tell(f"left out: {item.folder}: {item.reason}")
 
 
 def log_to_wandb(report: Report, html: str, out: Path, project: str) -> None:

@@ -70,13 +70,18 @@ class Method:
     runs: list[Run]  # by seed
     base: bool = False  # whether it is the frozen base, not a method of the runs
     scores: dict[tuple[str, str], Score] = field(default_factory=dict)  # (task, measure) -> score
-    # for the winner of a search: the edges of the search space that its settings are at
-    edges: list[str] = field(default_factory=list)
 
     @property
     def seeds(self) -> list[int]:
         """Return the seeds of the runs; none for the frozen base, which has no seed."""
         return [] if self.base else [run.seed for run in self.runs]
+
+    @property
+    def edges(self) -> list[str]:
+        """Return the edges of the search space that the settings are at, for the winner of a search."""
+        if self.base:
+            return []
+        return list(dict.fromkeys(edge for run in self.runs for edge in run.winner.get("edges", ())))
 
     def cost(self, name: str) -> float | None:
         """Return the mean over seeds of a number in ``results.json``, or of ``adapter_bytes``; None if unknown."""

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from ..config.identity import used_settings
 from ..runs.wandb_key import has_key
 from ..storage.atomic import write_text
 from ..storage.reading import read_json
 from ..suggest import needs_extra
+from ..terminal.lines import say
 from .build import Report, build_report
 from .comparisons import lower_is_better
 from .page import markdown
@@ -34,7 +34,10 @@ Panel = dict[str, Any]
 
 
 def main(
-    folders: Sequence[Path], out: Path, entity: str | None = None, project: str | None = None
+    folders: Sequence[Path],
+    out: Path = Path("dashboard"),
+    entity: str | None = None,
+    project: str | None = None,
 ) -> list[str]:
     """Write the description of a dashboard of some runs to a folder, and send it if there is a key.
 
@@ -52,19 +55,19 @@ def main(
         spec = dashboard(build_report(folders), entity, project)
         out.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(spec, indent=1) + "\n")
+    console = Console()
     if os.environ.get("WANDB_MODE", "online") != "online" or not has_key():
         command = shlex.join(["reft-dashboard", str(path)])
-        _say(f"{path}: a workspace and a report, not sent, as W&B is offline or has no key here")
-        _say(f"upload the runs with wandb sync FOLDER/**/wandb/offline-run-*, then send both with: {command}")
+        say(console, f"{path}: a workspace and a report, not sent, as W&B is offline or has no key here")
+        say(
+            console,
+            f"upload the runs with wandb sync FOLDER/**/wandb/offline-run-*, then send both with: {command}",
+        )
         return []
     sent = send(spec)
     for what, address in zip(SENT, sent, strict=True):
-        _say(f"{what}: {address}")
+        say(console, f"{what}: {address}")
     return sent
-
-
-def _say(text: str) -> None:
-    Console().print(escape(text), soft_wrap=True, highlight=False)
 
 
 def dashboard(report: Report, entity: str | None = None, project: str | None = None) -> dict[str, Any]:

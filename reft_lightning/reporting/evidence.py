@@ -29,6 +29,8 @@ from .statistics import (
 
 Key = tuple[str, int]
 Rows = Mapping[Key, Mapping[str, Any]]
+Gold = Mapping[Key, Any]
+Loaded = Sequence[tuple[Method, Run, Rows]]
 RESAMPLES = 10_000
 
 
@@ -56,9 +58,6 @@ def add_evidence(comparison: Comparison, resamples: int = RESAMPLES, seed: int =
             f"the interval of {', '.join(flat)} has zero width because all resamples agree; this does not mean the "
             "score is certain"
         )
-
-
-Gold = Mapping[Key, Any]
 
 
 def deviating(comparison: Comparison) -> list[LeftOut]:
@@ -109,9 +108,6 @@ def _deviation(task: str, standard: Run, expected: Gold, gold: Gold) -> str:
         f"its gold answers of {task} differ from those of {standard.folder}, for {other[0]}: {gold[other]!r} and "
         f"{expected[other]!r}"
     )
-
-
-Loaded = Sequence[tuple[Method, Run, Rows]]
 
 
 def _resampled(comparison: Comparison, task: str, loaded: Loaded) -> dict[Score, dict[int, Measure]]:

@@ -48,10 +48,13 @@ def used_split(run: Run, split: str | None) -> str | None:
 
 def _scores(run: Run, split: str, base: bool = False) -> dict[str, dict[str, float]]:
     """Return task -> measure -> value; with the loss if nothing was scored, if it was monitored, or if all is 0."""
-    scores = run.scores(split, base)
-    prefix = f"{'base/' if base else ''}{'test' if split == 'test' else 'val'}/"
-    metrics, name = run.results["metrics"], f"{prefix}{LOSS}"
-    loss = (math.nan if metrics[name] is None else float(metrics[name])) if name in metrics else None
+    scores: dict[str, dict[str, float]] = {}
+    metrics = run.metrics(split, base)
+    for name, value in metrics.items():
+        task, _, measure = name.rpartition("/")
+        if task:
+            scores.setdefault(task, {})[measure] = value
+    loss = metrics.get(LOSS)
     if not scores and loss is not None:
         return {ALL: {LOSS: loss}}
     if len(scores) == 1 and loss is not None:
@@ -87,8 +90,7 @@ def facts_of(run: Run, split: str) -> tuple[dict[str, str], str]:
         "evaluated rows": "all" if limit is None else f"at most {limit:,} per task",
         "template": str(data.get("template") or "none"),
     }
-    revision = run.config.get("model.revision")
-    if revision:
+    if revision := run.config.get("model.revision"):
         facts["revision"] = str(revision)
     return facts, json.dumps([facts, prints, carved, seed], sort_keys=True, default=str)
 
@@ -118,9 +120,8 @@ def _numbered(names: Sequence[str], form: str) -> list[str]:
 def _comparison(runs: Sequence[Run], facts: dict[str, str], split: str) -> Comparison:
     notes: list[str] = []
     by_settings: dict[str, dict[int, Run]] = defaultdict(dict)
-    for run in sorted(
-        runs, key=lambda run: (run.seed, str(run.results.get("finished", "")), str(run.folder))
-    ):
+    by_end = sorted(runs, key=lambda run: (run.seed, str(run.results.get("finished", "")), str(run.folder)))
+    for run in by_end:
         seeds = by_settings[run.configuration]
         if run.seed in seeds:
             notes.append(f"{run.method}: seed {run.seed} ran more than once; the last complete run counts")
@@ -244,25 +245,8 @@ def unequal_budgets(methods: Sequence[Method]) -> list[str]:
 
 def _remarks(comparison: Comparison) -> list[str]:
     """Return notes for the reader on the runs of a comparison."""
-    said: list[str] = []
     methods = [method for method in comparison.methods if not method.base]
-    seeds = {method.label: method.seeds for method in methods}
-    if len({tuple(s) for s in seeds.values()}) > 1:
-        each = "; ".join(f"{label}: {', '.join(map(str, s))}" for label, s in seeds.items())
-        said.append(f"the methods have different seeds: {each}")
-    if any(len(s) == 1 for s in seeds.values()):
-        said.append(
-            "with one seed there is no deviation, intervals and tests are over rows only, and nothing is known about "
-            "other seeds"
-        )
-    few = {label: len(s) for label, s in seeds.items() if 1 < len(s) < FEW}
-    if few:
-        each = ", ".join(f"{label} {count}" for label, count in few.items())
-        said.append(
-            f"fewer than {FEW} seeds ({each}): too few to estimate the spread well, so intervals and p-values use "
-            "Student's t: they are wide, and valid if scores are normal over seeds"
-        )
-    said += _diverged(methods)
+    said = [*_on_seeds(methods), *_diverged(methods)]
     begun = [m.label for m in methods if m.runs[0].settings.get("intervention.init_from")]
     if begun:
         said.append(
@@ -296,6 +280,27 @@ def _remarks(comparison: Comparison) -> list[str]:
     for task in comparison.main if comparison.split == "test" else ():
         if overlap := max((facts.get(task, {}).get("overlap", 0) for facts in tests), default=0):
             said.append(f"{task}: {overlap} test rows occur among the training rows")
+    return said
+
+
+def _on_seeds(methods: Sequence[Method]) -> list[str]:
+    said: list[str] = []
+    seeds = {method.label: method.seeds for method in methods}
+    if len({tuple(s) for s in seeds.values()}) > 1:
+        each = "; ".join(f"{label}: {', '.join(map(str, s))}" for label, s in seeds.items())
+        said.append(f"the methods have different seeds: {each}")
+    if any(len(s) == 1 for s in seeds.values()):
+        said.append(
+            "with one seed there is no deviation, intervals and tests are over rows only, and nothing is known about "
+            "other seeds"
+        )
+    few = {label: len(s) for label, s in seeds.items() if 1 < len(s) < FEW}
+    if few:
+        each = ", ".join(f"{label} {count}" for label, count in few.items())
+        said.append(
+            f"fewer than {FEW} seeds ({each}): too few to estimate the spread well, so intervals and p-values use "
+            "Student's t: they are wide, and valid if scores are normal over seeds"
+        )
     return said
 
 

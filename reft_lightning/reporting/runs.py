@@ -16,7 +16,7 @@ from typing import Any
 from ..config.identity import flat, identity, used_settings
 from ..config.schema import Config
 from ..search.study_files import LOCKS, PLAN, TRIALS, WORKERS, read_job
-from ..storage.predictions import read_predictions
+from ..storage.predictions import Key, read_predictions
 from ..storage.reading import read_json, read_yaml
 from ..terminal.bars import Bar
 
@@ -71,7 +71,7 @@ class Run:
     @cached_property
     def method(self) -> str:
         """Return the name of the method: for a winner the one in its study, else the intervention's."""
-        return str(self.winner.get("method", self.results["method"]))
+        return str(self.winner.get("method", self.results.get("method", "")))
 
     @cached_property
     def winner(self) -> Mapping[str, Any]:
@@ -102,43 +102,25 @@ class Run:
         files = list((self.folder / "adapter").rglob("*.safetensors"))  # peft's are in a subfolder
         return sum(file.stat().st_size for file in files) if files else None
 
-    def scores(self, split: str, base: bool = False) -> dict[str, dict[str, float]]:
-        """Return task -> measure -> value for a split (``test`` or ``validation``)."""
+    def metrics(self, split: str, base: bool = False) -> dict[str, float]:
+        """Return name -> value for a split (``test`` or ``validation``); names are ``task/measure``, or a measure."""
         prefix = ("base/" if base else "") + ("test/" if split == "test" else "val/")
-        found: dict[str, dict[str, float]] = defaultdict(dict)
-        for name, value in self.results["metrics"].items():
-            if name.startswith(prefix) and name.count("/") > prefix.count("/"):
-                task, _, measure = name.removeprefix(prefix).rpartition("/")
-                # JSON without NaN writes null
-                found[task][measure] = float(value) if isinstance(value, int | float) else math.nan
-        return dict(found)
+        return {
+            # JSON without NaN writes null
+            name.removeprefix(prefix): float(value) if isinstance(value, int | float) else math.nan
+            for name, value in self.results["metrics"].items() if name.startswith(prefix)
+        }  # fmt: skip
 
     def task(self, name: str) -> Mapping[str, Any]:
         """Return what the run recorded about a task: the ``kind`` of its predictions, and the ``labels`` of classes."""
         return (self.results.get("tasks") or {}).get(name, {})
 
-    def predictions(self, split: str, base: bool = False) -> Predictions:
-        """Return the rows of a split, parsed once."""
-        path = self.folder / "predictions" / f"{'base' if base else 'reft'}_{split}.jsonl"
-        if path not in self._parsed:
-            found: Predictions = defaultdict(dict)
-            for (task, source, number), row in sorted(
-                read_predictions(path).items(), key=lambda pair: pair[0]
-            ):
-                found[task][source, number] = row
-            self._parsed[path] = found
-        return self._parsed[path]
-
     def rows(self, split: str, task: str, base: bool = False) -> Mapping[tuple[str, int], Mapping[str, Any]]:
         """Return the rows of a task; for :data:`ALL`, the texts of every task, reassembled from their pieces."""
-        predictions = self.predictions(split, base)
-        if task != ALL:
-            return predictions.get(task, {})
-        found: dict[tuple[str, int], list[Mapping[str, Any]]] = defaultdict(list)
-        for number, name in enumerate(sorted(predictions)):
-            for (source, _), row in predictions[name].items():
-                found[source, number].append(row)
-        return {key: _whole(pieces) for key, pieces in found.items()}
+        path = self.folder / "predictions" / f"{'base' if base else 'reft'}_{split}.jsonl"
+        if path not in self._parsed:
+            self._parsed[path] = _by_task(read_predictions(path))
+        return self._parsed[path].get(task, {})
 
     def curve(self, column: str) -> list[tuple[int, float]]:
         """Return (step, value) of one column of the CSV logs, from all parts of a resumed run.
@@ -224,7 +206,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[LeftOut], list[R
             else:
                 runs.append(run)
             bar.advance()
-    return runs, left, sorted(reads, key=lambda read: (read.time, str(read.folder)))
+    return runs, left, reads
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
@@ -260,6 +242,17 @@ def _problem(run: Run) -> str | None:
     return f"results.json: {', '.join(wrong)}" if wrong else None
 
 
+def _by_task(rows: Mapping[Key, Mapping[str, Any]]) -> Predictions:
+    found: Predictions = defaultdict(dict)
+    for task, source, number in sorted(rows):
+        found[task][source, number] = rows[task, source, number]
+    texts: dict[tuple[str, int], list[Mapping[str, Any]]] = defaultdict(list)
+    for number, of_task in enumerate(found.values()):
+        for (source, _), row in of_task.items():
+            texts[source, number].append(row)
+    return {**found, ALL: {key: _whole(pieces) for key, pieces in texts.items()}}
+
+
 def _whole(pieces: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """Return the row of a text from the rows of its pieces; without a score if a piece has no loss."""
     losses = [piece.get("scores", {}).get("loss") for piece in pieces]
@@ -272,16 +265,14 @@ def _whole(pieces: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 def _reads(run: Run) -> list[Read]:
     results = run.results
-    recorded = [read for read in results.get("test_reads") or [] if isinstance(read, dict)]
     return [
         Read(
             folder=run.folder, configuration=run.configuration, seed=results.get("seed"),
             hash=str(read.get("config_hash") or results.get("config_hash", "")),
-            method=str(run.winner.get("method", results.get("method", ""))), task=str(read.get("task", "")),
-            rows=int(read.get("rows") or 0), time=str(read.get("time", "")),
-            model=str(read.get("model", "adapted")),
+            method=run.method, task=str(read.get("task", "")), rows=int(read.get("rows") or 0),
+            time=str(read.get("time", "")), model=str(read.get("model", "adapted")),
         )
-        for read in recorded
+        for read in results.get("test_reads") or [] if isinstance(read, dict)
     ]  # fmt: skip
 
 

@@ -19,7 +19,6 @@ from ..search.study_files import JOURNAL, PLAN, SUMMARY
 from ..search.summary import remarks_of
 from ..storage.reading import read_json, read_yaml
 from ..suggest import needs_extra
-from .comparisons import Comparison
 from .runs import Read
 
 log = logging.getLogger(__name__)
@@ -89,14 +88,6 @@ def _add_summary(study: Study) -> None:
     study.running = summary.get("status") != "complete"
     # a method may have spent nothing yet
     study.remarks = {name: remarks_of(method or {}) for name, method in summary.get("methods", {}).items()}
-
-
-def mark_edges(comparisons: Sequence[Comparison]) -> None:
-    """Mark the methods that are winners at an edge of their search space, even without the study's folder."""
-    for method in (method for comparison in comparisons for method in comparison.methods if not method.base):
-        method.edges = list(
-            dict.fromkeys(edge for run in method.runs for edge in run.winner.get("edges", ()))
-        )
 
 
 def _read_trials(study: Study, plan: Mapping[str, Any]) -> None:

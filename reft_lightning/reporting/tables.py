@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..terminal.sizes import size
@@ -47,7 +48,7 @@ class Table:
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
-    notes: Sequence[str] = field(default_factory=tuple)
+    notes: Sequence[str] = ()
 
 
 def number(value: float, measure: str) -> str:
@@ -146,9 +147,9 @@ def measure_table(comparison: Comparison) -> Table:
             )
             rows.append([
                 Cell(task), Cell(measure.replace("_", " ")), Cell(method.label),
-                Cell("-" if score.rows is None else f"{score.rows:,}", score.rows),
+                _cell(score.rows, "{:,}".format),
                 _known(number(score.mean, measure), score.mean),
-                Cell("-" if score.deviation is None else number(score.deviation, measure), score.deviation),
+                _cell(score.deviation, partial(number, measure=measure)),
                 Cell(interval(score.interval, measure) or "-", score.interval[0] if score.interval else None),
                 Cell("-" if method.base else each),
             ])  # fmt: skip
@@ -208,7 +209,7 @@ def read_table(reads: Sequence[Read], roots: Sequence[Path] = ()) -> Table:
     again = repeated(reads)
     rows = [
         [
-            Cell(read.time), Cell(read.method), Cell("-" if read.seed is None else str(read.seed), read.seed),
+            Cell(read.time), Cell(read.method), _cell(read.seed, str),
             Cell(read.model), Cell(read.task), Cell(f"{read.rows:,}", read.rows), Cell(read.hash),
             Cell("read again" if i in again else ""), Cell(named[i]),
         ]

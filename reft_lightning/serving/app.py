@@ -115,14 +115,14 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        served = _known(body.model)
-        return await answer(body, request, lambda: _asked(engine, served, body.messages))
+        model = _known(body.model)
+        return await answer(body, request, model, lambda: _asked(engine, model, body.messages))
 
     @app.post("/v1/completions")
     async def complete(body: TextRequest, request: Request) -> Response:
-        _known(body.model)
+        model = _known(body.model)
         example = Example("prompt", body.prompt, target="-", answer="-")
-        return await answer(body, request, lambda: engine.encode(example))
+        return await answer(body, request, model, lambda: engine.encode(example))
 
     def _known(name: str) -> Served:
         if name not in served:
@@ -133,7 +133,7 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
         return served[name]
 
     async def answer(
-        body: ChatRequest | TextRequest, request: Request, read: Callable[[], Encoded]
+        body: ChatRequest | TextRequest, request: Request, model: Served, read: Callable[[], Encoded]
     ) -> Response:
         try:
             async with reading:
@@ -145,6 +145,8 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
         limit = body.limit or min(ANSWER, max(room, 1))
         if not ids:
             raise Refused("the prompt is empty")
+        if engine.alone and body.strength != 1:
+            raise Refused("this adapter changes the base model itself, so strength must be 1")
         if limit > room:
             most = "the prompt and the answer together"
             if engine.two_texts:
@@ -156,7 +158,7 @@ def build_app(engine: Engine, served: Mapping[str, Served], token: str | None = 
             )
         loop, parts = asyncio.get_running_loop(), asyncio.Queue[Part | Exception]()
         wanted = Answer(
-            ids, lambda part: loop.call_soon_threadsafe(parts.put_nowait, part), _known(body.model).adapter,
+            ids, lambda part: loop.call_soon_threadsafe(parts.put_nowait, part), model.adapter,
             strength=body.strength, max_tokens=limit, temperature=body.temperature, top_p=body.top_p, seed=body.seed,
             stop=body.stops, follows=not engine.two_texts, top=body.top,
             seen=asked if engine.sees else None,
@@ -271,14 +273,14 @@ def _said(error: RequestValidationError) -> str:
     return "; ".join(said)
 
 
-def _asked(engine: Engine, served: Served, messages: list[Message]) -> Encoded:
+def _asked(engine: Engine, model: Served, messages: list[Message]) -> Encoded:
     """Return a conversation as the model reads it, in the prompt format that the adapter was trained on."""
     turns = [(message.role, message.text) for message in messages]
     urls = [url for message in messages for url in message.pictures]
     if urls and not engine.sees:
         raise Refused("this model reads text only: leave out the pictures")
     kind = KINDS["vision" if engine.sees else "generation"]
-    prompts = replace(served.prompts or PromptFormat("chat"), kind=kind)
+    prompts = replace(model.prompts or PromptFormat("chat"), kind=kind)
     system = turns.pop(0)[1] if turns[0][0] == "system" else prompts.system_prompt
     if prompts.template == "chat":
         if engine.reader.chat_template is None:

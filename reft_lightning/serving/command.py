@@ -23,7 +23,7 @@ from ..runs.kinds import KINDS, Kind
 from ..runs.prompting import PromptFormat
 from ..runs.run_folder import load_run_config
 from ..suggest import needs_extra
-from .engine import Engine
+from .engine import Engine, change_for_all
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def main(
     port: int = 8000,
     max_batch: int = 16,
 ) -> None:
-    """Serve adapters until interrupted.
+    """Serve adapters until interrupted, and the base model unless its only adapter changes it.
 
     ``folders`` maps names in requests to runs or adapters. The base model is ``model``, a file in ``conf/model``, or
     that of the first run. An address reachable from other machines needs a token; up to ``max_batch`` rows are
@@ -86,8 +86,10 @@ def main(
         trained_on = reft.adapters[inner].config.base_model
         if trained_on and Path(trained_on).name != Path(config.model.name).name:
             log.warning("%s was trained on %s; it is served on %s", name, trained_on, config.model.name)
-    served = {BASE: Served(None)} | {name: Served(inner, formats.get(name)) for name, inner in names.items()}
+    served = {name: Served(inner, formats.get(name)) for name, inner in names.items()}
     engine = Engine(reft, reader, max_batch)
+    if not engine.alone:
+        served = {BASE: Served(None), **served}
     app = build_app(engine, served, token)
     log.info("models: %s", ", ".join(served))
     whom = ", for clients with the token" if token else ""
@@ -106,7 +108,7 @@ def _kind(config: Config, formats: Collection[PromptFormat]) -> Kind:
 
 
 def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> tuple[ReftModel, dict[str, str]]:
-    """Load several adapters onto one base model; return it, and its internal name for each of them.
+    """Load adapters onto one base model; return it, and its internal name for each of them.
 
     Raises:
         ValueError: naming the folder whose adapter cannot be served.
@@ -121,24 +123,12 @@ def load_adapters(base: PreTrainedModel, folders: Mapping[str, Path]) -> tuple[R
             else:
                 reft.load_adapter(folder, names[name])
             adapter = reft.adapters[names[name]]
-            if adapter.config.beside:
-                raise ValueError(
-                    f"it was trained together with {adapter.config.beside}, which would apply to all requests and to "
-                    "the frozen model: use it from Python"
-                )
-            if adapter.config.heads:
-                raise ValueError(
-                    "it has a trained head, which would apply to all requests and to the frozen model: use it from "
-                    "Python"
-                )
+            if len(folders) > 1 and (change := change_for_all(adapter)):
+                raise ValueError(f"it {change}, which would apply to all requests: serve it on its own")
             if any(positions.needs_mask for positions, _ in adapter.positions.values()):
                 raise ValueError(
                     "its positions 'given' need an edit_mask in each call, which a request cannot send: serve an "
                     "adapter with other positions, such as prompt"
-                )
-            if any(site.visual for site in adapter.sites.values()):
-                raise ValueError(
-                    "it edits a vision tower, in which the requests of a batch cannot be told apart: use reft-chat"
                 )
             if adapter.takes_source:
                 raise ValueError(

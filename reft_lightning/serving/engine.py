@@ -45,6 +45,15 @@ NOT_READ = ("labels", "boundary", "rows")  # parts of a data module's batch that
 JOIN_AFTER = 16  # tokens of a batch after which waiting requests may join it
 
 
+def change_for_all(adapter: Any) -> str:
+    """Return what an adapter changes for all rows of a batch, so that it cannot be chosen per row; empty if nothing."""
+    if adapter.config.beside:
+        return f"was trained together with {adapter.config.beside}"
+    if adapter.config.heads:
+        return "has a trained head"
+    return "edits a vision tower" if any(site.visual for site in adapter.sites.values()) else ""
+
+
 class Busy(RuntimeError):
     """Too many requests are waiting, or the server is closing."""
 
@@ -60,6 +69,9 @@ class Engine:
         max_waiting: int = 1024,
     ) -> None:
         self.model, self.reader, self.tokenizer = model.eval(), reader, (tokenizer := tokenizer_of(reader))
+        self.alone = bool(
+            change_for_all(model.adapters.first)
+        )  # whether its one adapter answers every request
         self.sees = reader is not tokenizer
         self._collate = ImageCollator(reader) if self.sees else None
         self.max_batch, self.max_waiting = max_batch, max_waiting
@@ -156,11 +168,12 @@ class Engine:
         # steps until the batch reaches the end of the context, counting rows that are done
         room = self.room(batch["input_ids"].shape[1])
         left = (a.max_tokens - (0 if self.two_texts else len(a.tokens)) for a in answers)
+        names = [None if a.adapter is None else (a.adapter, a.strength) for a in answers]
         inputs: Any = {name: value.to(self.model.base_model.device) for name, value in batch.items()}
         with torch.inference_mode(), without_generation_defaults(self.model):
             self.model.generate(
                 **inputs,
-                adapter_names=[None if a.adapter is None else (a.adapter, a.strength) for a in answers],
+                adapter_names=None if self.alone else names,
                 logits_processor=LogitsProcessorList([choosing]),
                 stopping_criteria=StoppingCriteriaList([_Ending(self, choosing, room)]),
                 generation_config=GenerationConfig(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import itertools
 import json
 import logging
 import math
@@ -66,14 +65,14 @@ def claim_folder(folder: Path) -> Path:
     Two processes that request the same name at the same time get two folders.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        claimed = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+    claimed, number = folder, 1
+    while True:
         try:
             claimed.mkdir()
+            return claimed
         except FileExistsError:
-            continue
-        return claimed
-    raise AssertionError
+            number += 1
+            claimed = folder.with_name(f"{folder.name}-{number}")
 
 
 def hold_folder(folder: Path) -> bool:

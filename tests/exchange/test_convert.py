@@ -1,23 +1,27 @@
 """reft-convert: an adapter of one library becomes one of another, from the command line."""
 
+import copy
 import json
 import logging
 import re
 import shutil
 import sys
-from pathlib import Path
 
+import golden_llama
 import pytest
 import tiny
 import torch
+from golden_llama import GOLDEN
+from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification
 
 import reft_lightning as rl
 from reft_lightning import cli
+from reft_lightning.adapters import saving
 from reft_lightning.adapters.adapt import adapt
 from reft_lightning.exchange import command
 
-FOLDERS = Path(__file__).parents[1] / "golden" / "pyreft_folders"
+FOLDERS = GOLDEN / "pyreft_folders"
 OTHERS = ("pyreft", "easysteer", "gguf")
 ROWS = tiny.padded(tiny.rows(5, 3), "left")
 
@@ -103,16 +107,54 @@ def test_the_weights_of_the_base_model_are_not_needed(run, tmp_path, base, to):
             assert there.read_bytes() == path.read_bytes()
 
 
-def test_a_trained_head_comes_with_the_weights(run, tmp_path, base):
-    reft = rl.attach(tiny.model("llama"), "loreft", rank=2, positions="f1+l1", heads=["lm_head"])
+@pytest.mark.parametrize("heads", [["lm_head"], ["lm_head", "model.embed_tokens"]])
+def test_trained_heads_are_converted_without_the_other_weights(run, tmp_path, heads):
+    model = tiny.model("llama", tie_word_embeddings=len(heads) > 1)
+    model.save_pretrained(tmp_path / "base")
+    reft = rl.attach(copy.deepcopy(model), "loreft", rank=2, positions="f1+l1", heads=heads)
     with torch.no_grad():
         reft.base_model.lm_head.weight.add_(1.0)
-    reft.config.base_model = str(base)
+    reft.config.base_model = str(tmp_path / "base")
     reft.save_pretrained(tmp_path / "mine")
+    (tmp_path / "base" / "model.safetensors").unlink()
     assert run("mine", "to=pyreft")[0] == 0
     assert run("mine-pyreft", "to=reft", "out=again")[0] == 0
-    again = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path / "again")
+    again = rl.ReftModel.from_pretrained(model, tmp_path / "again")
     torch.testing.assert_close(logits(again), logits(reft), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("library", ["pyreft", "adapters"])
+def test_other_libraries_adapters_are_read_without_the_weights(run, tmp_path, library):
+    place = GOLDEN / f"{library}_folders" / "loreft_tied"
+    golden_llama.base_model().save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    arguments = {"positions": "f5+l5"} if library == "pyreft" else {}
+    given = [f"{name}={value}" for name, value in arguments.items()]
+    assert run(place, "to=reft", "base=base", "out=mine", *given)[0] == 0
+    read = {"pyreft": rl.from_pyreft, "adapters": rl.from_adapters}[library]
+    expected = read(golden_llama.base_model(), place, **arguments)
+    found = rl.ReftModel.from_pretrained(golden_llama.base_model(), tmp_path / "mine")
+    torch.testing.assert_close(found.adapter_state_dict(), expected.adapter_state_dict(), rtol=0, atol=0)
+    assert found.positions == expected.positions
+
+
+@pytest.mark.parametrize("adapt", [rl.attach, adapt])
+def test_the_base_that_is_named_is_written(run, tmp_path, base, adapt):
+    beside = {} if adapt is rl.attach else {"beside": "peft/lora"}
+    adapt(tiny.model("llama"), "loreft", rank=2, positions="f1+l1", **beside).save_pretrained(
+        tmp_path / "mine"
+    )
+    assert run("mine", "to=reft", "base=base")[0] == 0
+    assert json.loads((tmp_path / "mine-reft" / "reft_config.json").read_text())["base_model"] == "base"
+
+
+def test_an_adapter_is_read_once(run, saved, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        saving, "safe_open", lambda path, **how: read.append(path.name) or safe_open(path, **how)
+    )
+    assert run("mine", "to=reft")[0] == 0
+    assert read == ["reft.safetensors"]
 
 
 @pytest.mark.parametrize("to", ["pyreft", "easysteer"])

@@ -217,6 +217,21 @@ def test_what_lightning_refuses_is_a_value_error(data, key):
         plan(config(data, f"trainer.{key}=-2"))
 
 
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        (["trainer.limit_train_batches=0.1"], "limit_train_batches=0.1 of 6 batches is less than one"),
+        (["trainer.limit_train_batches=0.1", "trainer.devices=2"], "0.1 of 3 batches is less than one"),
+        (["trainer.limit_val_batches=0.1"], "limit_val_batches=0.1 of 2 batches is less than one"),
+        (["trainer.overfit_batches=0.1"], "overfit_batches=0.1 of 6 batches is less than one"),
+        (["trainer.val_check_interval=50"], "val_check_interval=50 is more than the 6 batches"),
+    ],
+)
+def test_batches_that_a_run_refuses_are_refused_in_its_plan(data, trainer, message):
+    with pytest.raises(ValueError, match=message):
+        plan(config(data, *trainer))
+
+
 def test_steps_are_counted_inside_a_slurm_job(data, monkeypatch):
     for name, value in {"JOB_NAME": "train", "JOB_ID": "1", "NTASKS": "2"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)

@@ -1,5 +1,6 @@
 """Pictures in messages: each request is answered as it would be alone, and other data is refused."""
 
+import copy
 import io
 import sys
 from base64 import b64encode
@@ -264,12 +265,23 @@ def test_a_photograph_of_several_megabytes_is_taken(client):
     assert say(client, "colours", [part(url_of(photograph))] * 2).status_code == 200
 
 
-def test_an_adapter_that_edits_a_vision_tower_is_refused_at_the_start(tmp_path):
-    base, _, _ = load_to_write(compose.compose(["model=tiny_vision"]), KINDS["vision"])
-    place = {"component": "vision_block_output", "layers": [0], "positions": "image"}
-    rl.attach(base, rank=2, **place).detach()
-    reft = rl.attach(base, rank=2, **place)
+def test_an_adapter_that_edits_a_vision_tower_is_served_on_its_own(tmp_path):
+    base, processor, _ = load_to_write(compose.compose(["model=tiny_vision"]), KINDS["vision"])
+    base = attached(base, processor.tokenizer).detach()  # with readable answers
+    reft = rl.attach(base, rank=2, component="vision_block_output", layers=[0], positions="image")
+    shaken(reft.adapters.first, size=10.0)
     reft.save_pretrained(tmp_path / "tower")
+    seeing = ("llava", reft.eval(), processor)
+    questions = examples("llava", processor)
+    texts = [expected(seeing, question, "default", 6) for question in questions]
+    unedited = [expected(seeing, question, None, 6) for question in questions]
     base = reft.detach()
-    with pytest.raises(ValueError, match="tower: it edits a vision tower"):
-        load_adapters(base, {"tower": tmp_path / "tower"})
+    with pytest.raises(ValueError, match="tower: it edits a vision tower, which would apply to all requests"):
+        load_adapters(base, {name: tmp_path / "tower" for name in ("tower", "again")})
+    model, names = load_adapters(copy.deepcopy(base), {"tower": tmp_path / "tower"})
+    engine = Engine(model, processor)
+    engine.ends = []
+    found = [asked(engine, question, names["tower"], max_tokens=6) for question in questions]
+    assert [request.wait()[0] for request in found] == texts
+    assert texts[0] != unedited[0]
+    engine.close()

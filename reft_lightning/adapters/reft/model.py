@@ -332,7 +332,7 @@ class ReftModel(nn.Module):
                 if site.place not in self._hooks:
                     edit = partial(self._edit_images if site.visual else self._edit, site.place)
                     module = self.base_model.get_submodule(site.path)
-                    self._hooks[site.place] = hook_at(module, site.end, edit)
+                    self._hooks[site.place] = hook_at(module, site.end, edit, first=site.visual)
             self.adapters[name] = adapter.train(self.training)
         self._forget_graphs()
 

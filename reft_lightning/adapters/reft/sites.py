@@ -92,10 +92,14 @@ def hidden_of(output: Any) -> Any:
     return output[0] if type(output) in (tuple, list) else output
 
 
-def hook_at(module: nn.Module, end: str, change: Change) -> RemovableHandle:
-    """Hook a function that replaces the hidden states at one end of a module, or returns None to leave them."""
+def hook_at(module: nn.Module, end: str, change: Change, first: bool = False) -> RemovableHandle:
+    """Hook a function that replaces the hidden states at one end of a module, or returns None to leave them.
+
+    ``first`` puts it before earlier hooks on the output. transformers collects hidden states with such hooks from the
+    first pass that needs them, and some models read images from what it collected in the vision tower.
+    """
     if end == "output":
-        return module.register_forward_hook(partial(_after, change))
+        return module.register_forward_hook(partial(_after, change), prepend=first)
     return module.register_forward_pre_hook(partial(_before, change), with_kwargs=True)
 
 

@@ -30,15 +30,12 @@ from .win_rate import one_name, win_rate
 log = logging.getLogger(__name__)
 
 FIRST_PAIRS = 5  # if all of these are refused, the judge presumably refuses every pair
-USAGE = (
-    "reft-judge judge=file annotations=FILE\n"
-    "       reft-judge outputs=FILE reference=FILE judge=file annotations=FILE\n"
-    "       reft-judge outputs=FILE reference=FILE judge=endpoint url=URL model=NAME [key_env=VARIABLE]"
-)
-HELP = f"""\
+HELP = """\
 reft-judge: compare a model's outputs with those of a reference model; print the win rate
-usage: {USAGE}
-  outputs, reference        files of [{{instruction, output, generator}}]; a run's are in its outputs/
+usage: reft-judge judge=file annotations=FILE
+       reft-judge outputs=FILE reference=FILE judge=file annotations=FILE
+       reft-judge outputs=FILE reference=FILE judge=endpoint url=URL model=NAME [key_env=VARIABLE]
+  outputs, reference        files of [{instruction, output, generator}]; a run's are in its outputs/
   judge                     file: judgements in AlpacaEval's format; endpoint: a served model
   annotations               the file of judgements
   url, model, key_env       endpoint (OpenAI's API), its model, the environment variable of its key

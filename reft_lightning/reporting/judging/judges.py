@@ -86,7 +86,7 @@ class EndpointJudge:
         with needs_extra("judge", "judge=endpoint needs the openai client"):
             import openai
         self.url = url.rstrip("/").removesuffix("/chat/completions")
-        self.model = self.name = model  # recorded as AlpacaEval's `annotator`
+        self.name = model  # recorded as AlpacaEval's `annotator`
         # without a key the client would send that of OPENAI_API_KEY, to any url
         self._client = openai.OpenAI(base_url=self.url, api_key=key or "none", max_retries=RETRIES)
         given = {"temperature": temperature, "max_tokens": max_tokens}
@@ -106,7 +106,7 @@ class EndpointJudge:
         model_first = is_model_first(pair["instruction"])
         messages: Any = [{"role": "user", "content": question(pair, model_first)}]
         try:
-            reply = self._client.chat.completions.create(model=self.model, messages=messages, **self._given)
+            reply = self._client.chat.completions.create(model=self.name, messages=messages, **self._given)
             text = reply.choices[0].message.content or ""
         except APIStatusError as error:
             said = error.response.text.strip()[:200] or "nothing"
@@ -123,7 +123,7 @@ class EndpointJudge:
         verdict = parse_verdict(text)
         if verdict is None:
             log.warning(
-                "%s gave no verdict on %r; it replied %r", self.model, pair["instruction"][:60], text[:80]
+                "%s gave no verdict on %r; it replied %r", self.name, pair["instruction"][:60], text[:80]
             )
             return None
         return 0.5 if verdict == 0 else float((verdict == 1) == model_first)

@@ -75,14 +75,11 @@ def compare(row: Printed, runs: Iterable[tuple[Path, dict[str, Any]]]) -> list[O
 def _scores(row: Printed, folder: Path, results: Mapping[str, Any], notes: list[str]) -> dict[str, float]:
     scores = {}
     for name, (_, _, task, measure) in row.numbers.items():
-        if name == AVERAGE:
-            continue
-        found = results["metrics"].get(f"test/{task}/{measure}")
-        value = (
-            _win_rate(folder, notes) if task == WIN_RATE else None if found is None else 100 * float(found)
-        )
-        if value is not None:
-            scores[name] = value
+        if task == WIN_RATE:
+            if (rate := _win_rate(folder, notes)) is not None:
+                scores[name] = rate
+        elif name != AVERAGE and (found := results["metrics"].get(f"test/{task}/{measure}")) is not None:
+            scores[name] = 100 * float(found)
     if AVERAGE in row.numbers and len(scores) == len(row.numbers) - 1:
         scores[AVERAGE] = statistics.fmean(scores.values())
     return scores

@@ -36,7 +36,7 @@ def main(options: Mapping[str, str], console: Console | None = None) -> list[tup
         raise ValueError(f"table must be one of {', '.join(known)}, which have experiments; got {table!r}")
     runs = read_runs(folder)
     compared = [(row, compare(row, runs)) for row in rows if table in (None, str(row.table))]
-    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    console = console or Console(width=None if sys.stdout.isatty() else 120, emoji=False)
     for number in known:
         print_table(number, [pair for pair in compared if str(pair[0].table) == number], console)
     console.print(

@@ -174,14 +174,16 @@ def edited(name, positions, inputs, component="block_output", layer=0):
     """Return which tokens a bias at one layer changes."""
     base = vision_models.model(name)
     site = find_sites(base, {layer: component})[layer]
-    before = Recorder(base.get_submodule(site.path))
     reft = attached(base, positions, "bias", layers=[layer], component=component)
     with torch.no_grad():
         for parameter in reft.interventions[str(layer)].parameters():
             parameter.fill_(1.0)
-    after = Recorder(base.get_submodule(site.path))
+    record = Recorder(base.get_submodule(site.path))
+    with reft.disabled():
+        logits(reft, inputs)
     logits(reft, inputs)
-    return (before.last != after.last).any(-1)
+    before, after = record.seen
+    return (before != after).any(-1)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])  # images alone, and between two marks
@@ -287,6 +289,21 @@ def test_an_edit_of_what_is_seen_reaches_the_text_and_its_gradient_comes_back(na
     reft.train()
     reft(**whole).loss.backward()
     assert all(p.grad.abs().max() > 0 for p in reft.interventions.parameters())
+
+
+@EVERY
+def test_a_tower_that_ran_before_is_edited_like_a_new_one(name):
+    inputs = batch(name)
+    place = {"positions": "image", "component": "vision_block_output"}
+    expected = logits(attached(vision_models.model(name), **place), inputs)
+    base = vision_models.model(name)
+    unedited = logits(base, without_labels(inputs))
+    for _ in range(2):
+        reft = attached(base, **place)
+        found = logits(reft, inputs)
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)
+        reft.detach()
+    assert not torch.equal(found[:, -1], unedited[:, -1])
 
 
 @pytest.mark.parametrize("name", ["llava", "idefics3"])

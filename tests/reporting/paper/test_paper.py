@@ -288,3 +288,10 @@ class TestArguments:
     def test_a_missing_folder_is_named(self, tmp_path):
         with pytest.raises(ValueError, match=r"nowhere: no such folder"):
             table.main({"folder": str(tmp_path / "nowhere")})
+
+
+def test_colons_in_a_name_are_no_emoji(tmp_path, capsys):
+    folder = tmp_path / "f1:100:x"
+    folder.mkdir()
+    table.main({"folder": str(folder)})
+    assert f"0 runs in {folder} belong" in capsys.readouterr().out
