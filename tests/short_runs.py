@@ -53,6 +53,11 @@ def arguments(data):
     ]  # fmt: skip
 
 
+def without_interventions(data):
+    """Return the overrides of a short run of another method."""
+    return [text for text in arguments(data) if not text.startswith("intervention.")]
+
+
 def config(data, *overrides):
     """Compose a short run: 18 train rows are 6 steps an epoch, 6 rows validate, 6 test."""
     return compose.compose([*arguments(data), *overrides])

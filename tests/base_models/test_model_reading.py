@@ -7,7 +7,12 @@ import architectures
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from reft_lightning.base_models.bare import bare_copy
@@ -102,12 +107,26 @@ def test_a_bare_copy_shares_the_weights_and_nothing_else(family):
     assert {name: tensor.data_ptr() for name, tensor in bare.state_dict().items()} == shared
 
 
-def test_a_decoder_that_was_told_to_read_both_ways_is_found_out():
+@pytest.mark.parametrize("first", [0, architectures.LAYERS - 1], ids=["all layers", "the last layer"])
+def test_a_decoder_that_was_told_to_read_both_ways_is_found_out(first):
     model = built("llama")
-    for layer in model.model.layers:
+    for layer in model.model.layers[first:]:
         layer.self_attn.is_causal = False
     model.config._attn_implementation = "sdpa"
     assert not reading_of(model).causal
+
+
+class Rounds(LlamaForCausalLM):
+    """Changes earlier columns a little with the last one, as rounding can."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits + 0.01 * out.logits[:, -1:]
+        return out
+
+
+def test_a_decoder_that_rounds_by_what_follows_is_still_causal():
+    assert reading_of(Rounds(built("llama").config)).causal
 
 
 def test_a_vocabulary_of_a_few_tokens_is_enough():

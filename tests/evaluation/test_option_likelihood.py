@@ -230,6 +230,17 @@ def test_rows_that_are_others_are_read_whole():
     torch.testing.assert_close(reader.logits(fewer), ColumnReader(reft).logits(fewer), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["attention_mask", "prompt_mask"])
+def test_rows_whose_masks_differ_are_read_again(name):
+    reft = attached()
+    reader, batch = ColumnReader(reft), batch_of(OPTIONS[0])
+    reader.logits(batch)
+    mask = batch[name].clone()
+    mask[0, 8] = 0  # the last column of the prompts
+    other = {**batch, name: mask}
+    assert torch.equal(reader.logits(other), ColumnReader(reft).logits(other))
+
+
 def test_a_read_that_fails_leaves_nothing_half_done():
     reft = attached()
     reader = ColumnReader(reft)

@@ -12,11 +12,6 @@ from reft_lightning.inspection import edit_norms
 from reft_lightning.runs import experiment
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return short_runs.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 def train(data, folder, *overrides):
     return short_runs.run(data, folder, "test=false", "trainer.max_epochs=1", *overrides)
 
@@ -53,7 +48,7 @@ def test_accumulated_batches_are_one_measurement(data, tmp_path):
 
 def test_a_method_without_interventions_is_told_once(data, tmp_path, caplog):
     pytest.importorskip("peft")
-    settings = [text for text in short_runs.arguments(data) if not text.startswith("intervention.")]
+    settings = short_runs.without_interventions(data)
     lora = ["intervention=peft/lora", "intervention.options.r=2", "test=false", "trainer.max_epochs=1"]
     with caplog.at_level(logging.WARNING, edit_norms.__name__):
         experiment.run(compose.compose([*settings, *lora, "callbacks=edit_norms"]), tmp_path)

@@ -132,25 +132,21 @@ def test_files_are_written_and_named_and_the_view_says_what_they_say(folder, fou
         assert words in said
 
 
-def test_two_runs_are_compared_layer_by_layer(folder, data, tmp_path, no_pictures):
-    short_runs.run(data, tmp_path / "other", "seed=7", "test=false", "trainer.max_epochs=1")
-    found, said = inspect(folder, folder / "adapter", tmp_path / "other", rows=2, out=tmp_path / "out")
-    runs = found["subspaces"]["runs"]
-    assert list(runs) == [str(folder), str(tmp_path / "other")]
-    assert degrees(runs[str(folder)]) == pytest.approx({0: 0, 1: 0}, abs=1e-4)
-    assert all(20 < angle <= 90 for angle in degrees(runs[str(tmp_path / "other")]).values())
-    assert f"same layers of {tmp_path / 'other'}" in said
-    assert found["rows"] == 2
-
-
 def of_one_epoch(data, folder, *overrides):
     short_runs.run(data, folder, "test=false", "trainer.max_epochs=1", *overrides)
     return folder
 
 
-def test_the_chance_of_two_runs_is_that_of_both_their_ranks(alone, data, tmp_path, no_pictures):
-    other = of_one_epoch(data, tmp_path / "other", "intervention.rank=8")
-    found, said = inspect(alone, other, out=tmp_path / "out")
+def test_two_runs_are_compared_layer_by_layer(folder, data, tmp_path, no_pictures):
+    other = of_one_epoch(data, tmp_path / "other", "seed=7", "intervention.rank=8")
+    found, said = inspect(folder, folder / "adapter", other, rows=2, out=tmp_path / "out")
+    runs = found["subspaces"]["runs"]
+    assert list(runs) == [str(folder), str(other)]
+    assert degrees(runs[str(folder)]) == pytest.approx({0: 0, 1: 0}, abs=1e-4)
+    assert all(20 < angle <= 90 for angle in degrees(runs[str(other)]).values())
+    assert f"same layers of {other}" in said
+    assert found["rows"] == 2
+    # the chance is that of both their ranks
     expected = math.degrees(math.acos(math.sqrt(8 / 32)))  # of 2 and 8 directions in 32
     chance = degrees(found["subspaces"]["runs"][str(other)], "chance")
     assert chance == pytest.approx({0: expected, 1: expected})
@@ -163,18 +159,16 @@ def test_the_chance_of_two_runs_is_that_of_both_their_ranks(alone, data, tmp_pat
 def test_runs_of_ones_own_intervention_are_compared_in_a_new_process(
     data, tmp_path, monkeypatch, capsys, no_pictures
 ):
-    (tmp_path / "mine_here.py").write_text(
-        "from reft_lightning.interventions import LoReFT\n\nclass Mine(LoReFT): ...\n"
-    )
+    code = "from reft_lightning.interventions import LoReFT\n\nclass Mine(LoReFT): ...\n"
+    (tmp_path / "mine_here.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("one", "other"):
         of_one_epoch(data, tmp_path / name, "intervention.method=mine_here.Mine")
 
     def inspect_anew(*options):
         del sys.modules["mine_here"], INTERVENTIONS["mine_here.Mine"]
-        monkeypatch.setattr(
-            sys, "argv", ["reft-inspect", *(str(tmp_path / n) for n in ("one", "other")), *options]
-        )
+        folders = (str(tmp_path / name) for name in ("one", "other"))
+        monkeypatch.setattr(sys, "argv", ["reft-inspect", *folders, *options])
         cli.inspect()
 
     inspect_anew("rows=2", "trust_code=true")
@@ -250,9 +244,9 @@ def test_of_an_adapter_without_its_run_only_subspaces_are_known(folder, alone):
 
 def test_of_another_method_only_what_was_forgotten_is_known(data, text, tmp_path):
     pytest.importorskip("peft")
-    settings = [text for text in short_runs.arguments(data) if not text.startswith("intervention.")]
     lora = ["intervention=peft/lora", "intervention.options.r=2", "test=false", "trainer.max_epochs=1"]
-    experiment.run(compose.compose([*settings, *lora, "optimizer.lr=0.05"]), tmp_path)
+    settings = [*short_runs.without_interventions(data), *lora, "optimizer.lr=0.05"]
+    experiment.run(compose.compose(settings), tmp_path)
     found, said = inspect(tmp_path, text=text)
     assert "peft/lora edits no representations" in said
     assert found["scores"]["base"]["perplexity"] != found["scores"]["adapted"]["perplexity"]
@@ -302,16 +296,6 @@ def test_what_does_not_fit_is_said_before_weights_are_loaded(
         cli.inspect()
     assert left.value.code == 2
     assert expected in capsys.readouterr().err
-
-
-def test_help_fits_a_screen_and_names_every_key(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["reft-inspect", "--help"])
-    with pytest.raises(SystemExit) as left:
-        cli.inspect()
-    said = capsys.readouterr().out
-    assert left.value.code == 0
-    assert len(said.splitlines()) < 24
-    assert all(word in said for word in ("FOLDER", "rows", "forget", "data.KEY", "text", "out", "trust_code"))
 
 
 def test_a_short_text_says_how_long_it_must_be(folder, tmp_path):

@@ -102,8 +102,10 @@ def evaluated(place, model="reft_lightning", tasks=tuple(TASKS), batch_size=1, *
     return found["results"], answers
 
 
-def with_adapter(place, **more):
-    return evaluated(place, adapter=str(place / "adapter"), **more)
+@pytest.fixture(scope="module")
+def alone(place):
+    """The results with the adapter, of rows that are read one by one."""
+    return evaluated(place, adapter=str(place / "adapter"))
 
 
 def ids_of(text, bos=True):
@@ -118,8 +120,8 @@ def log_p(reft, prompt, target):
     return -reft(input_ids=ids, labels=labels).loss.item() * len(target)
 
 
-def test_options_are_scored_after_their_own_prompt(place, reft):
-    results, answers = with_adapter(place, tasks=["barks"])
+def test_options_are_scored_after_their_own_prompt(alone, reft):
+    results, answers = alone
     right = 0
     for row, found in zip(CHOICES, answers["barks"], strict=True):
         prompt = ids_of(row["question"])  # the space before an answer, here a line end, goes with the answer
@@ -129,8 +131,8 @@ def test_options_are_scored_after_their_own_prompt(place, reft):
     assert results["barks"]["acc,none"] == right / len(CHOICES)
 
 
-def test_texts_are_generated_with_the_edits(place, reft):
-    _, answers = with_adapter(place, tasks=["writes"])
+def test_texts_are_generated_with_the_edits(alone, reft):
+    _, answers = alone
     tokenizer = byte_tokenizer()
     for row, found in zip(CHOICES, answers["writes"], strict=True):
         ids = torch.tensor([ids_of(row["question"] + "\n")])
@@ -138,8 +140,8 @@ def test_texts_are_generated_with_the_edits(place, reft):
         assert found == [tokenizer.decode(new, skip_special_tokens=True).split("\n\n")[0]]
 
 
-def test_the_prompt_of_a_whole_text_is_what_its_window_reads_before_it_scores(place, reft):
-    _, answers = with_adapter(place, tasks=["reads"])
+def test_the_prompt_of_a_whole_text_is_what_its_window_reads_before_it_scores(alone, reft):
+    _, answers = alone
     short, long = (ids_of(row["text"]) for row in TEXTS)
     assert LENGTH < len(long) < 2 * LENGTH
     windows = [log_p(reft, [1], long[:LENGTH]), log_p(reft, long[-LENGTH - 1 : LENGTH], long[LENGTH:])]
@@ -147,10 +149,9 @@ def test_the_prompt_of_a_whole_text_is_what_its_window_reads_before_it_scores(pl
     assert [row[0] for row in answers["reads"]] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [3, 16])
-def test_the_size_of_a_batch_changes_nothing(place, batch_size):
-    results, answers = with_adapter(place)
-    others, rest = with_adapter(place, batch_size=batch_size)
+def test_the_size_of_a_batch_changes_nothing(place, alone):
+    results, answers = alone
+    others, rest = evaluated(place, adapter=str(place / "adapter"), batch_size=3)
     assert others["barks"]["acc,none"] == results["barks"]["acc,none"]
     assert rest["writes"] == answers["writes"]
     assert numbers(rest) == pytest.approx(numbers(answers), rel=1e-5)
@@ -193,7 +194,7 @@ def test_an_adapter_that_is_not_there_is_told_before_the_base_is_read(place):
 
 
 @pytest.mark.slow  # lm-eval looks through all of its own tasks
-def test_the_command_line_of_the_page_runs_lm_eval(place, monkeypatch, tmp_path):
+def test_the_command_line_of_the_page_runs_lm_eval(place, alone, monkeypatch, tmp_path):
     (block,) = [b for b in BLOCKS if b.page == "docs/integrations.md" and b.language == "bash"]
     values = {"NAME": str(place / "base"), "FOLDER": str(place / "adapter"), "TASK": "barks"}
     line = re.sub("|".join(values), lambda found: values[found[0]], block.text)
@@ -204,4 +205,4 @@ def test_the_command_line_of_the_page_runs_lm_eval(place, monkeypatch, tmp_path)
     cli_evaluate()
     (written,) = tmp_path.rglob("results_*.json")
     found = json.loads(written.read_text(encoding="utf-8"))["results"]["barks"]["acc,none"]
-    assert found == with_adapter(place, tasks=["barks"])[0]["barks"]["acc,none"]
+    assert found == alone[0]["barks"]["acc,none"]

@@ -60,36 +60,20 @@ def batch_of(dataset):
 
 
 def trainer(model, folder, dataset=None, **arguments):
-    given = {
-        "max_steps": 4,
-        "save_steps": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "learning_rate": 0.05,
-        "per_device_train_batch_size": 4,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        **arguments,
-    }
-    dataset = dataset or rows()
-    return Trainer(
-        model=model,
-        args=TrainingArguments(str(folder), **given),
-        train_dataset=dataset,
-        eval_dataset=dataset,
-        data_collator=default_data_collator,
-    )
+    given = {"max_steps": 4, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.05,
+             "per_device_train_batch_size": 4, "report_to": [], "use_cpu": True, "disable_tqdm": True}  # fmt: skip
+    dataset, settings = dataset or rows(), TrainingArguments(str(folder), **given | arguments)
+    splits = {"train_dataset": dataset, "eval_dataset": dataset}
+    return Trainer(model=model, args=settings, data_collator=default_data_collator, **splits)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_it_is_in_the_mode_that_the_model_is_in(training):
     reft = attached(dropout=0.5).train(training)
-    model = as_pretrained(reft)
+    model, ids = as_pretrained(reft), batch_of(rows())["input_ids"]
     assert (model.training, reft.training) == (training, training)
-    if not training:  # a pass without labels, which training refuses
-        ids = batch_of(rows())["input_ids"]
-        assert torch.equal(model(ids).logits, reft(ids).logits)
+    reft.eval()  # a pass without labels, which training refuses
+    assert torch.equal(model(ids).logits, reft(ids).logits)
 
 
 # --- Trainer -------------------------------------------------------------------------------------------------------
@@ -114,13 +98,6 @@ def test_trainer_trains_the_adapter_and_saves_nothing_of_the_base(tmp_path):
         assert again(**batch_of(rows())).loss.item() == after
 
 
-def test_a_resumed_training_is_the_one_that_was_not_interrupted(tmp_path):
-    whole, resumed = attached(), attached()
-    trainer(as_pretrained(whole), tmp_path).train()
-    trainer(as_pretrained(resumed), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert_same(trained_tensors(resumed), trained_tensors(whole))
-
-
 def test_the_best_checkpoint_is_the_one_that_is_loaded_at_the_end(tmp_path):
     reft = attached()
     best = {"metric_for_best_model": "loss", "greater_is_better": True}  # the worst, so not the last
@@ -128,10 +105,8 @@ def test_the_best_checkpoint_is_the_one_that_is_loaded_at_the_end(tmp_path):
     work.train()
     assert work.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
     assert_same(trained_tensors(reft), load_file(tmp_path / "checkpoint-2" / TENSORS))
-    assert not torch.equal(
-        reft.interventions["0"][0].basis,
-        load_file(tmp_path / "checkpoint-4" / TENSORS)["interventions.0.0.basis"],
-    )
+    last = load_file(tmp_path / "checkpoint-4" / TENSORS)
+    assert not torch.equal(reft.interventions["0"][0].basis, last["interventions.0.0.basis"])
 
 
 def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
@@ -144,12 +119,8 @@ def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
 def test_columns_that_the_model_takes_stay_and_others_go(tmp_path):
     dataset = rows().add_column("prompt_mask", [[True] * 2 + [False] * 7] * 8)
     work = trainer(as_pretrained(attached()), tmp_path, dataset)
-    assert next(iter(work.get_train_dataloader())).keys() == {
-        "input_ids",
-        "attention_mask",
-        "labels",
-        "prompt_mask",
-    }
+    taken = {"input_ids", "attention_mask", "labels", "prompt_mask"}
+    assert next(iter(work.get_train_dataloader())).keys() == taken
 
 
 def test_without_labels_the_prompt_has_to_be_named(tmp_path):
@@ -199,9 +170,7 @@ def test_gradients_are_the_same_with_gradient_checkpointing():
         model = as_pretrained(reft).train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            assert any(
-                getattr(module, "gradient_checkpointing", False) for module in reft.base_model.modules()
-            )
+            assert any(getattr(m, "gradient_checkpointing", False) for m in reft.base_model.modules())
         model(**batch_of(rows())).loss.backward()
         found.append({n: p.grad.clone() for n, p in reft.named_parameters() if p.grad is not None})
     assert found[0]
@@ -304,12 +273,9 @@ def test_accelerate_saves_and_loads_the_adapter(tmp_path):
     assert not torch.equal(reft.interventions["0"][0].basis, kept["interventions.0.0.basis"])
     accelerator.load_state(tmp_path / "state")
     assert_same(trained_tensors(reft), kept)
-    accelerator.unwrap_model(model).save_pretrained(
-        tmp_path / "adapter",
-        is_main_process=accelerator.is_main_process,
-        save_function=accelerator.save,
-        state_dict=accelerator.get_state_dict(model),
-    )
+    how = {"is_main_process": accelerator.is_main_process, "save_function": accelerator.save}
+    state = accelerator.get_state_dict(model)
+    accelerator.unwrap_model(model).save_pretrained(tmp_path / "adapter", state_dict=state, **how)
     again = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path / "adapter")
     assert_same(trained_tensors(again), kept)
 
@@ -338,14 +304,6 @@ def test_it_computes_what_the_reft_model_computes(family):
         ids = batch["input_ids"][:, :5]
         new = {"max_new_tokens": 3, "do_sample": False}
         assert torch.equal(model.generate(ids, **new), reft.generate(ids, **new))
-
-
-def test_labels_are_not_asked_for_once_the_reft_model_is_in_evaluation_mode():
-    ids = torch.stack(tiny.rows(6, 6))
-    reft = attached(dropout=0.5).train()
-    model = as_pretrained(reft)
-    reft.eval()
-    torch.testing.assert_close(model(ids).logits, reft(ids).logits, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -388,17 +346,20 @@ def test_a_name_that_it_does_not_have_is_an_error():
         as_pretrained(attached()).generat_config  # noqa: B018
 
 
-def test_several_adapters_are_trained_and_resumed_together(tmp_path):
-    def both():
+@pytest.mark.parametrize("second", [False, True], ids=["one", "two"])
+def test_a_resumed_training_of_adapters_is_the_one_that_was_not_interrupted(tmp_path, second):
+    def made():
         reft = attached()
-        reft.add_adapter("style", "direft", rank=2, positions="l1")
-        reft.set_adapter(["default", "style"])
+        if second:
+            reft.add_adapter("style", "direft", rank=2, positions="l1")
+            reft.set_adapter(["default", "style"])
         return reft
 
-    whole, resumed = both(), both()
+    whole, resumed = made(), made()
     trainer(as_pretrained(whole), tmp_path).train()
     trainer(as_pretrained(resumed), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same(trained_tensors(resumed), trained_tensors(whole))
     again = rl.ReftModel.from_pretrained(tiny.model("llama"), tmp_path / "checkpoint-4")
-    again.load_adapter(tmp_path / "checkpoint-4" / "style", "style")
+    if second:
+        again.load_adapter(tmp_path / "checkpoint-4" / "style", "style")
     assert_same(trained_tensors(again), trained_tensors(whole))

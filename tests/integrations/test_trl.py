@@ -21,6 +21,9 @@ ROWS = {
 }
 
 
+GIVEN = {"learning_rate": 0.05, "report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True}
+
+
 def base():
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=259, **sizes, initializer_range=0.4, pad_token_id=0, eos_token_id=2)
@@ -37,15 +40,7 @@ def attached():
 
 
 def trainer(reft, folder, rows=ROWS, **arguments):
-    given = {
-        "max_steps": 2,
-        "save_steps": 2,
-        "learning_rate": 0.05,
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-    }
-    given |= {"disable_tqdm": True, "per_device_train_batch_size": 3, **arguments}
+    given = GIVEN | {"max_steps": 2, "save_steps": 2, "per_device_train_batch_size": 3, **arguments}
     return trl.SFTTrainer(
         model=as_pretrained(reft),
         args=trl.SFTConfig(str(folder), **given),
@@ -79,9 +74,7 @@ def test_it_trains_and_saves_the_adapter_only(tmp_path, checkpointing):
     reft = attached()
     before = {name: parameter.clone() for name, parameter in reft.named_parameters()}
     trainer(reft, tmp_path, gradient_checkpointing=checkpointing).train()
-    changed = {
-        name for name, parameter in reft.named_parameters() if not torch.equal(parameter, before[name])
-    }
+    changed = {name for name, p in reft.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {name for name in before if not name.startswith("base_model.")}
     again = rl.ReftModel.from_pretrained(base(), tmp_path / "checkpoint-2").eval()
     ids = torch.tensor([[1, 80, 90, 100]])
@@ -118,8 +111,7 @@ def grpo(model, folder, **given):
 def test_preferences_and_rewards_train_the_adapter_with_the_prompts_of_the_rows(make, tmp_path):
     reft = attached()
     before = {name: parameter.clone() for name, parameter in reft.named_parameters()}
-    given = {"learning_rate": 0.05, "report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True}
-    work = make(as_pretrained(reft), tmp_path, **given, save_strategy="no")
+    work = make(as_pretrained(reft), tmp_path, **GIVEN, save_strategy="no")
     texts = []
 
     def read(model, args, inputs):

@@ -6,11 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from invented_runs import invented_trial, right, write_run
+from invented_runs import invented_trial, report, right, write_run
 from wandb_server import serving
 
+from reft_lightning import cli
 from reft_lightning.reporting import dashboard
-from reft_lightning.reporting.build import Report, build_report
+from reft_lightning.reporting.build import Report
 from reft_lightning.reporting.studies import Study
 
 
@@ -47,7 +48,7 @@ def two_methods(tmp_path):
 
 
 def test_methods_are_compared_by_score_parameters_and_learning_curves(two_methods):
-    spec = dashboard.dashboard(build_report([two_methods], resamples=1000))
+    spec = dashboard.dashboard(report(two_methods))
     assert list(sections(spec)) == ["Scores", "Learning curves by method", "Predictions", "Time and memory"]
     bars, scatter = sections(spec)["Scores"]
     assert (bars[0], bars[1]["metrics"]) == ("BarPlot", ["test/accuracy"])
@@ -65,7 +66,7 @@ def test_methods_are_compared_by_score_parameters_and_learning_curves(two_method
 
 
 def test_the_report_page_has_the_tables_and_the_same_panels(two_methods):
-    spec = dashboard.dashboard(build_report([two_methods], resamples=1000))
+    spec = dashboard.dashboard(report(two_methods))
     blocks = [item for block in spec["report"]["Report"]["blocks"] for item in block.items()]
     ((_, text),) = [item for item in blocks if item[0] == "MarkdownBlock"]
     assert "| loreft" in text["text"]
@@ -75,7 +76,7 @@ def test_the_report_page_has_the_tables_and_the_same_panels(two_methods):
 
 def test_a_single_run_is_set_next_to_its_base(tmp_path):
     folder = write_logged(tmp_path / "one", metrics={"base/test/accuracy": 0.3})
-    spec = dashboard.dashboard(build_report([folder], resamples=1000))
+    spec = dashboard.dashboard(report(folder))
     assert kinds(spec, "Scores") == ["BarPlot", "BarPlot"]
     assert sections(spec)["Scores"][1][1]["metrics"] == ["test/accuracy", "base/test/accuracy"]
     assert "What the sweep varied" not in sections(spec)
@@ -85,7 +86,7 @@ def test_a_sweep_has_parallel_coordinates_of_what_it_varied(tmp_path):
     for i, (lr, rank) in enumerate([(1e-4, 4), (1e-3, 8), (1e-2, 4)]):
         settings = {"optimizer.lr": lr, "intervention.rank": rank}
         write_logged(tmp_path / "sweep" / f"run{i}", seed=i, score=0.4 + i / 10, settings=settings)
-    spec = dashboard.dashboard(build_report([tmp_path / "sweep"], resamples=1000))
+    spec = dashboard.dashboard(report(tmp_path / "sweep"))
     plot = sections(spec)["What the sweep varied"][0][1]
     columns = [column["ParallelCoordinatesPlotColumn"] for column in plot["columns"]]
     assert [column["metric"] for column in columns] == [
@@ -110,23 +111,22 @@ def test_a_study_shows_its_trials_by_validation(tmp_path):
 
 def test_entity_and_project_are_those_that_the_runs_were_logged_to(tmp_path):
     settings = {"logger": {"wandb": {"project": "mine", "entity": "team"}}}
-    spec = dashboard.dashboard(
-        build_report([write_logged(tmp_path / "one", settings=settings)], resamples=1000)
-    )
+    spec = dashboard.dashboard(report(write_logged(tmp_path / "one", settings=settings)))
     assert (spec["entity"], spec["project"]) == ("team", "mine")
 
 
 def test_runs_that_wandb_does_not_know_have_no_dashboard(tmp_path):
     with pytest.raises(ValueError, match="logger=wandb"):
-        dashboard.dashboard(build_report([write_run(tmp_path / "one")], resamples=1000))
+        dashboard.dashboard(report(write_run(tmp_path / "one")))
 
 
-def command(*arguments, **environment):
-    code = "import sys; from reft_lightning.cli import dashboard; sys.argv[0] = 'reft-dashboard'; dashboard()"
-    return subprocess.run(
+def in_a_process(code, *arguments, **environment):
+    done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], env=os.environ | environment, capture_output=True,
         text=True, timeout=120,
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_without_a_key_the_file_is_written_and_the_command_says_how_to_send_it(two_methods, tmp_path):
@@ -136,22 +136,23 @@ def test_without_a_key_the_file_is_written_and_the_command_says_how_to_send_it(t
         "WANDB_API_KEY": "",
         "WANDB_MODE": "online",
     }
-    done = command(two_methods, f"out={tmp_path / 'out'}", **nowhere)
-    assert done.returncode == 0, done.stderr
-    assert f"reft-dashboard {tmp_path / 'out' / 'dashboard.json'}" in done.stdout
+    code = "from reft_lightning.cli import dashboard; dashboard()"
+    said = in_a_process(code, two_methods, f"out={tmp_path / 'out'}", **nowhere)
+    assert f"reft-dashboard {tmp_path / 'out' / 'dashboard.json'}" in said
     spec = json.loads((tmp_path / "out" / "dashboard.json").read_text())
     assert next(iter(sections(spec))) == "Scores"
 
 
-def test_a_wrong_argument_is_answered(tmp_path):
-    for arguments, said in (
-        (["projct=x"], "project"),
-        ([], "FOLDER"),
-        ([tmp_path / "none"], "no such folder"),
-    ):
-        done = command(*arguments)
-        assert done.returncode == 2
-        assert said in done.stderr + done.stdout
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["projct=x"], "did you mean 'project'"), ([], "FOLDER"), (["none"], "none: no such folder\n")],
+)
+def test_a_wrong_argument_is_answered(monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr(sys, "argv", ["reft-dashboard", *arguments])
+    with pytest.raises(SystemExit) as left:
+        cli.dashboard()
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 READ_BACK = """
@@ -192,16 +193,12 @@ def test_what_is_sent_is_what_wandbs_library_reads_back(tmp_path):
         write_logged(
             tmp_path / "runs" / f"r{i}", method, i, settings=settings, metrics=base, trainable_parameters=i
         )
-    spec = dashboard.dashboard(build_report([tmp_path / "runs"], resamples=1000))
+    spec = dashboard.dashboard(report(tmp_path / "runs"))
     (tmp_path / "dashboard.json").write_text(json.dumps(spec))
     with serving() as (address, views):
         environment = {"WANDB_BASE_URL": address, "WANDB_API_KEY": "x" * 40, "WANDB_MODE": "online"}
-        done = subprocess.run(
-            [sys.executable, "-c", READ_BACK, str(tmp_path / "dashboard.json")], env=os.environ | environment,
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    sent, read = json.loads(done.stdout.splitlines()[-1])
+        said = in_a_process(READ_BACK, tmp_path / "dashboard.json", **environment)
+    sent, read = json.loads(said.splitlines()[-1])
     assert read == sent
     assert {view["type"] for view in views.values()} == {"project-view", "runs"}
-    assert f"workspace: {address}/me/reft_lightning?nw=" in done.stdout
+    assert f"workspace: {address}/me/reft_lightning?nw=" in said

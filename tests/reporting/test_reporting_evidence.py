@@ -225,18 +225,6 @@ class TestEvidence:
         score = comparison.methods[0].scores["boolq", "accuracy"]
         assert score.interval == pytest.approx((theirs.low, theirs.high), abs=0.018)  # a row is 0.0167
         assert score.deviation is None
-        assert any("nothing is known about other seeds" in note for note in comparison.notes)
-
-    def test_seeds_that_differ_widen_the_interval(self, tmp_path):
-        same, other = tmp_path / "same", tmp_path / "other"
-        for seed, rate in ((1, 0.3), (2, 0.5), (3, 0.7)):
-            write_run(same / str(seed), seed=seed, scores={"boolq": right(0.5)})
-            write_run(other / str(seed), seed=seed, scores={"boolq": right(rate)})
-        widths = [
-            np.ptp(only(f, resamples=4000).methods[0].scores["boolq", "accuracy"].interval)
-            for f in (same, other)
-        ]
-        assert widths[1] > 1.3 * widths[0]
 
     def test_another_method_changes_nobodys_interval(self, tmp_path):
         write_grid(tmp_path / "two")

@@ -95,9 +95,7 @@ class TestPage:
             rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr>")[1:]]
             assert "McNemar" in rows[0][-1]
             columns = zip(*rows, strict=True)
-            widths = [
-                max(pixels(word) for cell in column for word in cell.split()) + 16 for column in columns
-            ]
+            widths = [max(pixels(w) for cell in column for w in cell.split()) + 16 for column in columns]
             assert sum(widths) < 1200 - 48
 
     def test_it_asks_for_nothing_from_outside(self, two):
@@ -155,9 +153,7 @@ class TestPage:
         write_run(tmp_path / "runs" / "a", method, settings=settings)
         text = shown(report(tmp_path / "runs"))
         (block,) = re.findall(r"<pre>(.*?)</pre>", text, re.DOTALL)
-        names = {
-            line.partition(":")[0].split(".")[1] for line in block.splitlines() if line.startswith("interv")
-        }
+        names = {line.partition(":")[0].split(".")[1] for line in block.split() if line.startswith("interv")}
         assert names - {"options"} == used - {"options"}
         assert "optimizer.lr: " in block
         assert "seed 42: runs/a<" in text
@@ -277,10 +273,8 @@ class TestCommand:
         for path in (folder / "files" / "media" / "table").rglob("*.table.json"):
             found[path.name.split("_")[0]] = json.loads(path.read_text())
         assert tuple(found["scores"]["columns"]) == records.CSV_COLUMNS
-        assert [row[list(records.CSV_COLUMNS).index("method")] for row in found["scores"]["data"]] == [
-            "loreft",
-            "red",
-        ]
+        method = records.CSV_COLUMNS.index("method")
+        assert [row[method] for row in found["scores"]["data"]] == ["loreft", "red"]
         assert tuple(found["pairs"]["columns"]) == records.PAIR_COLUMNS
         (html,) = (folder / "files" / "media" / "html").rglob("*.html")
         assert html.read_text() == (tmp_path / "out" / "report.html").read_text()

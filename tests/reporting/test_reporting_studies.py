@@ -30,12 +30,6 @@ def lose_a_cost(study):
     (study / JOURNAL).write_text(f'{before}"steps":0{after}')
 
 
-def rename(study, method, name):
-    """Give the winners of a method another name in their study."""
-    for file in study.glob(f"winners/{method}/*/{JOB}"):
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"method": name}))
-
-
 @pytest.fixture(scope="module")
 def finished_study(tmp_path_factory):
     """A study as reft-search leaves it: two methods, six trials each, winners of two seeds."""
@@ -58,22 +52,17 @@ def finished_study(tmp_path_factory):
             }
             value = None if number == 3 else 1 - abs(np.log10(params["optimizer.lr"]) + 3)
             state = optuna.trial.TrialState.FAIL if number == 3 else optuna.trial.TrialState.COMPLETE
+            found = {"state": state, "value": value, "params": params, "distributions": space}
             cost = {"cost": {"steps": 50, "tokens": 5000, "seconds": 10}}
-            kept.add_trial(
-                optuna.trial.create_trial(
-                    state=state, value=value, params=params, distributions=space, user_attrs=cost
-                )
-            )
+            kept.add_trial(optuna.trial.create_trial(**found, user_attrs=cost))
         # one of the trials has a run folder, which must not appear in any table
         write_run(folder / "trials" / method / "6", method, seed=7)
         for seed in (42, 43):
             write_winner(folder / "winners" / method / f"seed_{seed}", method, seed)
-    (folder / "study.yaml").write_text(
-        "budget: {unit: trials, amount: 6}\nmonitor: val/accuracy\nstudy: one\n"
-    )
-    (folder / "summary.json").write_text(
-        json.dumps({"status": "complete", "methods": {"loreft": {}, "red": None}})
-    )
+    plan = "budget: {unit: trials, amount: 6}\nmonitor: val/accuracy\nstudy: one\n"
+    (folder / "study.yaml").write_text(plan)
+    summary = {"status": "complete", "methods": {"loreft": {}, "red": None}}
+    (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
 
@@ -176,10 +165,8 @@ class TestStudies:
         (study / "test_reads.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         table = tables.read_table(report(study).reads)
         assert len(table.rows) == 5  # four winners, and the first read of a run that was restarted
-        assert [row[7].text for row in table.rows if row[1].text == "red" and row[2].text == "42"] == [
-            "",
-            "read again",
-        ]
+        of_red = [row[7].text for row in table.rows if (row[1].text, row[2].text) == ("red", "42")]
+        assert of_red == ["", "read again"]
 
     def test_search_and_report_count_the_same_reads(self, study):
         """A winner that was restarted, read again by reft-eval and by the same command elsewhere; a truncated line."""
@@ -202,14 +189,12 @@ class TestStudies:
             reads = [r for r in report(*folders).reads if r.folder.resolve() == run.resolve()]
             assert [r.time for r in reads] == [r["time"] for r in of_red]
 
-    def test_winners_have_the_names_of_the_study(self, study):
-        rename(study, "red", "red_all_layers")
-        (comparison,) = report(study).comparisons
-        assert [method.label for method in comparison.methods] == ["loreft", "red_all_layers"]
-
-    def test_reads_name_methods_and_folders_as_the_study_does(self, study):
-        rename(study, "red", "head")
+    def test_winners_and_reads_have_the_names_and_folders_of_the_study(self, study):
+        for file in study.glob(f"winners/red/*/{JOB}"):
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"method": "head"}))
         made = report(study)
+        (comparison,) = made.comparisons
+        assert {method.label for method in comparison.methods} == {"loreft", "head"}
         table = tables.read_table(made.reads, made.folders)
         names = {(row[1].text, row[2].text, row[-1].text) for row in table.rows}
         assert names == {

@@ -41,10 +41,8 @@ class TestTables:
             assert part in text, part
         (pair,) = comparison.pairs
         assert f"loreft $-$ red & boolq & accuracy & +{100 * pair.difference:.1f}" in text
-        backwards = replace(
-            pair, difference=-pair.difference, interval=(-pair.interval[1], -pair.interval[0])
-        )
-        comparison.pairs = [backwards]
+        low, high = pair.interval
+        comparison.pairs = [replace(pair, difference=-pair.difference, interval=(-high, -low))]
         assert f"& $-${100 * pair.difference:.1f} & [$-$" in latex([comparison])
 
     def test_names_are_escaped(self, tmp_path):

@@ -30,7 +30,7 @@ METHODS = {
 
 def settings(data, *overrides):
     """Compose a run without the arguments of a short one that a baseline does not take."""
-    given = [text for text in short_runs.arguments(data) if not text.startswith("intervention.")]
+    given = short_runs.without_interventions(data)
     own = [] if any(text.startswith("intervention=") for text in overrides) else ["intervention.rank=2"]
     return short_runs.compose.compose([*given, *own, *overrides])
 

@@ -2,12 +2,12 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 
+from reft_lightning import cli
 from reft_lightning.search import command, process
 
 SLEEPER = """
@@ -42,13 +42,16 @@ def test_how_a_process_ended_and_the_end_of_its_log_are_kept(tmp_path):
     assert process.failure(1, tmp_path / "log").splitlines() == ["exit status 1", *map(str, range(30, 50))]
 
 
-def test_the_command_says_how_it_is_used():
-    code = "import sys; sys.argv = ['reft-search']; from reft_lightning.cli import search; search()"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert shown.returncode == 2
-    assert shown.stdout == ""
-    assert "reft-search search=NAME" in shown.stderr
-    assert "examples:" in shown.stderr
+def test_the_command_says_how_it_is_used(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["reft-search"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as left:
+        cli.search()
+    assert left.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "reft-search search=NAME" in shown.err
+    assert "examples:" in shown.err
     with pytest.raises(ValueError, match="workers must be an integer"):
         command.main(["search=small_stsb", "workers=none"])
     with pytest.raises(ValueError, match="arguments must have the form key=value"):

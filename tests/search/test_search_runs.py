@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import short_runs
@@ -26,6 +27,7 @@ from reft_lightning.search.trial import run_job
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
+    """Rows of this module alone, whose test rows are made unreadable for a while."""
     return short_runs.write_rows(tmp_path_factory.mktemp("rows"))
 
 
@@ -41,7 +43,9 @@ def searched(data, tmp_path_factory):
     test_file.write_text("these are no rows")
     try:
         with opened() as files:
-            study = make_study(tmp_path_factory.mktemp("study"), contents(data))
+            values = contents(data)
+            values["base"] += ["evaluate_base=true"]
+            study = make_study(tmp_path_factory.mktemp("study"), values)
             work(study)
     finally:
         test_file.write_text(rows)
@@ -62,14 +66,22 @@ def won(data, tmp_path_factory):
 # --- the test split is sealed
 
 
+def assert_untested(study, number):
+    results, folder = results_of(study, number), study.folder / "trials" / "loreft" / str(number)
+    assert results["test_reads"] == []
+    assert not [name for name in results["metrics"] if "test" in name]
+    assert not list(folder.glob("predictions/*test*"))
+    assert list(folder.glob("predictions/*")) or results["status"] == "pruned"
+
+
 def test_a_search_opens_no_file_of_test_rows(searched, data):
     study, files = searched
     assert [t.state.name for t in study.trials("loreft")] == ["COMPLETE", "COMPLETE"]
     assert str(data / "boolq" / "train.json") in files  # what is opened is seen
     assert str(data / "boolq" / "test.json") not in files
     for number in range(2):
-        assert results_of(study, number)["test_reads"] == []
-        assert not [name for name in results_of(study, number)["metrics"] if "test" in name]
+        assert_untested(study, number)
+        assert any(name.startswith("base/val/") for name in results_of(study, number)["metrics"])
     assert not (study.folder / "test_reads.jsonl").exists()
 
 
@@ -192,10 +204,10 @@ def test_the_batch_that_uses_up_the_budget_ends_a_trial(data, tmp_path):
 
 
 def test_a_trial_that_ends_with_the_budget_is_complete(data, tmp_path):
-    study = make_study(tmp_path, contents(data, budget={"unit": "steps", "amount": 24}))
+    study = make_study(tmp_path, contents(data, budget={"unit": "steps", "amount": 12}))
     work(study)
-    assert [t.state.name for t in study.trials("loreft")] == ["COMPLETE", "COMPLETE"]
-    assert spent(study.trials("loreft"))["steps"] == 24
+    assert [t.state.name for t in study.trials("loreft")] == ["COMPLETE"]
+    assert spent(study.trials("loreft"))["steps"] == 12
 
 
 def test_a_trial_that_falls_behind_ends_there(data, tmp_path):
@@ -214,6 +226,7 @@ def test_a_trial_that_falls_behind_ends_there(data, tmp_path):
             assert (trial.state.name, len(trial.intermediate_values)) == ("PRUNED", 1)
             assert results_of(study, trial.number)["status"] == "pruned"
             assert trial.user_attrs["cost"]["steps"] == 6
+            assert_untested(study, trial.number)
     assert "PRUNED" in {t.state.name for t in study.trials("loreft")}
 
 
@@ -260,11 +273,8 @@ def test_two_workers_and_a_trial_whose_process_is_killed(data, tmp_path):
     while not (victim / "log.txt").is_file():
         assert running.poll() is None, running.communicate()[0]
         time.sleep(0.05)
-    (pid,) = [
-        int(p.name)
-        for p in _processes()
-        if "reft_lightning.search.trial" in _words(p) and str(victim) in _words(p)
-    ]
+    processes = [p for p in Path("/proc").iterdir() if p.name.isdigit()]
+    (pid,) = [int(p.name) for p in processes if {"reft_lightning.search.trial", str(victim)} <= {*_words(p)}]
     os.kill(pid, signal.SIGKILL)
     printed, _ = running.communicate()
     assert running.returncode == 0, printed
@@ -272,12 +282,6 @@ def test_two_workers_and_a_trial_whose_process_is_killed(data, tmp_path):
     assert summary["methods"]["loreft"]["trials"] == {"complete": 2, "pruned": 0, "failed": 1, "running": 0}
     assert summary["methods"]["loreft"]["failed"]["1"].startswith("killed by SIGKILL (out of memory?)")
     assert summary["budget"]["verdict"] == "equal"
-
-
-def _processes():
-    from pathlib import Path
-
-    return [p for p in Path("/proc").iterdir() if p.name.isdigit()]
 
 
 def _words(process):

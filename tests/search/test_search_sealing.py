@@ -41,45 +41,7 @@ def outcomes(study):
     return found
 
 
-@pytest.mark.parametrize(
-    ("changes", "overrides"),
-    [
-        ({"sampler": "tpe", "startup_trials": 2, "budget": {"unit": "trials", "amount": 3}, **HALVING}, []),
-        ({"sampler": "grid", "budget": {"unit": "steps", "amount": 20}}, []),
-        ({"budget": {"unit": "trials", "amount": 1}}, ["evaluate_base=true"]),
-    ],
-    ids=["tpe and pruner", "steps", "evaluate_base"],
-)
-def test_no_search_opens_test_rows(data, tmp_path, changes, overrides):
-    test_file = data / "boolq" / "test.json"
-    test_file.write_text("these are no rows")
-    values = contents(data, **changes)
-    values["base"] += overrides
-    with opened() as files:
-        study = make_study(tmp_path / "study", values)
-        work(study)
-    assert {t.state.name for t in study.trials("loreft")} <= {"COMPLETE", "PRUNED"}
-    assert study.best("loreft") is not None
-    assert str(data / "boolq" / "train.json") in files  # what is opened is seen
-    assert str(test_file) not in files
-    for _, _, state, _, _, metrics, _, reads, predictions in outcomes(study):
-        names = [*metrics, *(name for name, _ in predictions)]
-        assert not [name for name in names if "test" in name]
-        assert reads == []
-        assert any(name.startswith("base/val/") for name in metrics) == bool(overrides)
-        assert predictions or state == "PRUNED"
-    assert not (study.folder / "test_reads.jsonl").exists()
-
-
-def test_the_look_at_the_rows_before_a_study_opens_no_test_rows(data, tmp_path):
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(contents(data)))
-    with opened() as files:
-        command.prepare_study({"search": str(tmp_path / "mine.yaml"), "folder": str(tmp_path / "study")}, [])
-    assert str(data / "boolq" / "train.json") in files
-    assert str(data / "boolq" / "test.json") not in files
-
-
-def test_the_look_at_rows_of_ones_own_opens_no_test_file(tmp_path):
+def test_the_look_at_the_rows_before_a_study_opens_no_test_rows(tmp_path):
     for split, count in (("train", 12), ("validation", 4), ("test", 4)):
         rows = [json.dumps({"q": f"{split} {i}?", "a": "yes"}) + "\n" for i in range(count)]
         (tmp_path / f"{split}.jsonl").write_text("".join(rows))

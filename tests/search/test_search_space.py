@@ -22,19 +22,19 @@ SPACE = {
 }
 
 
+RATES = {"optimizer.lr": {"log": [1e-4, 1e-2]}}
+
+
 def values(**changes):
     """The contents of a valid search file, with changes."""
-    methods = {
-        "loreft": {"overrides": ["intervention=loreft"], "space": {"optimizer.lr": {"log": [1e-4, 1e-2]}}}
-    }
+    methods = {"loreft": {"overrides": ["intervention=loreft"], "space": RATES}}
     found = {"base": ["model=tiny_random", "data=boolq"], "methods": methods}
     return found | {"budget": {"unit": "trials", "amount": 4}} | changes
 
 
-def with_space(**space):
-    return values(
-        methods={"loreft": {"overrides": [], "space": {k.replace("__", "."): v for k, v in space.items()}}}
-    )
+def with_space(space=None, **named):
+    space = space or {name.replace("__", "."): given for name, given in named.items()}
+    return values(methods={"loreft": {"overrides": [], "space": space}})
 
 
 def check(contents):
@@ -109,7 +109,7 @@ def test_the_edges_of_a_space(given, value, edge):
 
 
 def test_a_drawn_value_composes_as_an_argument():
-    found = search_plan.parse_plan("test", values(methods={"loreft": {"overrides": [], "space": SPACE}}))
+    found = search_plan.parse_plan("test", with_space(SPACE))
     for params in drawn(SPACE, 3):
         config = compose(found.trial_overrides("loreft", params))
         assert config.optimizer.lr == params["optimizer.lr"]
@@ -119,12 +119,10 @@ def test_a_drawn_value_composes_as_an_argument():
 
 def test_a_drawn_list_of_texts_composes_to_those_texts():
     texts = [["質", "a\nb"], ["\\boxed{x}", 'it\'s, "so"']]
-    space = {"data.options": {"choice": texts}}
-    found = search_plan.parse_plan("test", values(methods={"loreft": {"overrides": [], "space": space}}))
+    found = search_plan.parse_plan("test", with_space(data__options={"choice": texts}))
     (dimension,) = found.space("loreft")
-    assert [
-        compose(found.trial_overrides("loreft", {dimension.name: v})).data.options for v in dimension.values
-    ] == texts
+    drawn = [compose(found.trial_overrides("loreft", {dimension.name: v})) for v in dimension.values]
+    assert [config.data.options for config in drawn] == texts
 
 
 # --- what is refused before the first trial
@@ -158,6 +156,7 @@ def test_a_drawn_list_of_texts_composes_to_those_texts():
         (values(base=["model=tiny_randm", "data=boolq"]), "did you mean 'model=tiny_random'"),
         (values(budget={"unit": "trials", "amount": 0}), "a number above 0"),
         (values(budget={"unit": "trails", "amount": 2}), "did you mean 'trials'"),
+        (values(budget={"unit": "flops", "amount": 1e12}), "one of trials, steps, tokens, seconds; got 'flops'"),
         (values(budget={"unit": "trials", "amount": 1.5}), "must be an integer, as budget.unit is trials"),
         (values(sampler="tpa"), "did you mean 'tpe'"),
         (values(pruner="halving"), "pruner must be one of none, successive_halving"),
@@ -182,12 +181,8 @@ def test_a_setting_that_means_nothing_to_the_method_is_found():
 
 
 def test_methods_that_select_by_different_scores_are_refused():
-    methods = {
-        name: {"overrides": overrides, "space": {"optimizer.lr": {"log": [1e-4, 1e-2]}}}
-        for name, overrides in (("a", []), ("b", ["checkpoint.monitor=val/loss"]))
-    }
     with pytest.raises(ValueError, match="selected by different scores: a by val/accuracy"):
-        check(values(methods=methods))
+        check(two(second=["checkpoint.monitor=val/loss"]))
 
 
 @pytest.mark.parametrize(
@@ -228,10 +223,7 @@ def test_what_may_differ_between_methods_does():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (
-            ["intervention=frozen"],
-            "intervention=frozen trains nothing, so its trials would cost no tokens",
-        ),
+        (["intervention=frozen"], "intervention=frozen trains nothing, so its trials would cost no tokens"),
         (["trainer.max_steps=0"], r"trainer\.max_steps=0 trains nothing"),
         (["trainer.max_epochs=0"], r"trainer\.max_epochs=0 trains nothing"),
     ],
@@ -269,11 +261,8 @@ def test_rows_that_cannot_be_read_are_found_before_there_is_a_study(tmp_path, mo
 def two(first=(), second=(), **changes):
     space = {"optimizer.lr": {"log": [1e-4, 1e-2], "points": 2}}
     more = {"optimizer.lr": {"log": [1e-4, 1e-2], "points": 5}}
-    methods = {
-        "a": {"overrides": list(first), "space": space},
-        "b": {"overrides": list(second), "space": more},
-    }
-    return values(methods=methods, **changes)
+    a, b = {"overrides": list(first), "space": space}, {"overrides": list(second), "space": more}
+    return values(methods={"a": a, "b": b}, **changes)
 
 
 @pytest.mark.parametrize("key", ["budget", "seeds", "sampler", "pruner"])
@@ -297,11 +286,6 @@ def test_a_trial_that_costs_more_than_the_budget_is_refused():
         ValueError, match=r"method a: one trial of trainer\.max_steps=400 costs more than the budget"
     ):
         check(contents)
-
-
-def test_flops_are_not_a_unit():
-    with pytest.raises(ValueError, match="must be one of trials, steps, tokens, seconds; got 'flops'"):
-        check(values(budget={"unit": "flops", "amount": 1e12}))
 
 
 # --- files and arguments
@@ -331,27 +315,23 @@ def test_the_papers_spaces_have_the_papers_values():
     assert space["scheduler.warmup_ratio"] == (0, 5e-3, 6e-3, 3e-2, 5e-2, 6e-2, 1e-1, 2e-1)  # Table 8
 
 
-def test_a_plan_reads_what_it_writes(tmp_path):
+def test_a_plan_reads_what_it_writes():
     for name in SEARCHES:
         first = search_plan.read_plan(name)
-        again = search_plan.parse_plan(
-            name, yaml.safe_load(yaml.safe_dump(dataclasses.asdict(first), sort_keys=False))
-        )
-        assert again == first
+        written = yaml.safe_dump(dataclasses.asdict(first), sort_keys=False)
+        assert search_plan.parse_plan(name, yaml.safe_load(written)) == first
 
 
-def test_arguments_change_the_plan_or_all_runs(tmp_path):
-    found = search_plan.read_plan(
-        "small_stsb",
-        [
-            "budget.amount=3",
-            "sampler=random",
-            "seeds=[1,2]",
-            "methods=lora,head",
-            "trainer.max_steps=9",
-            "seed=7",
-        ],
-    )
+def test_arguments_change_the_plan_or_all_runs():
+    changes = [
+        "budget.amount=3",
+        "sampler=random",
+        "seeds=[1,2]",
+        "methods=lora,head",
+        "trainer.max_steps=9",
+        "seed=7",
+    ]
+    found = search_plan.read_plan("small_stsb", changes)
     assert (found.budget.amount, found.sampler, found.seeds) == (3, "random", [1, 2])
     assert list(found.methods) == ["lora", "head"]
     assert [o for o in found.base if o.startswith("trainer.max_steps")] == ["trainer.max_steps=9"]

@@ -18,7 +18,6 @@ from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.runs.prompting import PromptFormat
 from reft_lightning.serving.answers import Answer
 from reft_lightning.serving.app import Served, Server, build_app
-from reft_lightning.serving.command import KEEP_ALIVE
 from reft_lightning.serving.engine import Engine
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}>"
@@ -33,16 +32,8 @@ def tokenizer():
 
 def sentence_piece():
     """A tokenizer like Llama's: blanks begin words, and text without a token is encoded as bytes."""
-    pieces = [
-        "<s>",
-        "</s>",
-        "<unk>",
-        "\u2581",
-        "a",
-        "b",
-        "\u2581a",
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-    ]
+    pieces = ["<s>", "</s>", "<unk>", "\u2581", "a", "b", "\u2581a"]
+    pieces += [f"<0x{byte:02X}>" for byte in range(256)]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     made = Tokenizer(models.BPE(vocabulary, [("\u2581", "a")], unk_token="<unk>", byte_fallback=True))
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
@@ -153,14 +144,7 @@ def server(engine=None, token=None, served=SERVED):
     """Yield the address of a running server."""
     engine = engine or Engine(model(), tokenizer(), max_batch=8)
     app = build_app(engine, served, token)
-    config = uvicorn.Config(
-        app,
-        host="127.0.0.1",
-        port=0,
-        log_level="warning",
-        timeout_keep_alive=KEEP_ALIVE,
-    )
-    running = Server(config, engine)
+    running = Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"), engine)
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
     while not running.started:

@@ -1,14 +1,11 @@
 """The endpoint as seen by OpenAI's own client, and what it refuses."""
 
 import asyncio
-import http.client
 import json
 import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -47,6 +44,9 @@ def post(address, body, path="/v1/completions", **more):
 def test_the_models_are_the_base_and_its_adapters(client):
     assert [model.id for model in client.models.list()] == list(serving_models.NAMES)
     assert client.models.retrieve("late").id == "late"
+    with pytest.raises(openai.NotFoundError, match=r"got 'lat'.*did you mean 'late'") as caught:
+        client.completions.create(model="lat", prompt="x")
+    assert caught.value.code == "model_not_found"
 
 
 def test_each_model_answers_in_its_own_words(client):
@@ -55,6 +55,8 @@ def test_each_model_answers_in_its_own_words(client):
         for name in serving_models.NAMES
     }
     assert len(set(texts.values())) == 4
+    off = {"model": "everywhere", "prompt": "kept?", "extra_body": {"strength": 0}}
+    assert client.completions.create(**off, **GREEDY).choices[0].text == texts["base"]
     answer = client.completions.create(model="late", prompt="kept?", **GREEDY)
     assert answer.choices[0].text == texts["late"]
     assert answer.choices[0].finish_reason == "length"
@@ -63,22 +65,13 @@ def test_each_model_answers_in_its_own_words(client):
     assert answer.usage.total_tokens == 12
 
 
-def test_strength_weakens_the_edits(client):
-    def text(name, **extra):
-        return (
-            client.completions.create(model=name, prompt="kept?", **GREEDY, extra_body=extra).choices[0].text
-        )
-
-    assert text("everywhere", strength=0) == text("base") != text("everywhere")
-
-
 def test_a_stream_is_the_answer_in_pieces(client):
     chat = {"model": "everywhere", "messages": [{"role": "user", "content": "kept?"}], **GREEDY}
     whole = client.chat.completions.create(**chat)
     chunks = list(client.chat.completions.create(**chat, stream=True, stream_options={"include_usage": True}))
     assert "".join(c.choices[0].delta.content for c in chunks[:-1]) == whole.choices[0].message.content
     assert len(chunks) > 3
-    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].delta.role for c in chunks[:-1]] == ["assistant"] + [None] * (len(chunks) - 2)
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason == "length"
     assert chunks[-1].usage == whole.usage
     plain = {"model": "late", "prompt": "kept?", **GREEDY}
@@ -199,12 +192,6 @@ def test_questions_are_written_as_the_adapter_was_trained_on_them(client):
         tokens("late", ("system", "be"), ("user", "hi"))
 
 
-def test_a_misspelt_model_names_the_nearest(client):
-    with pytest.raises(openai.NotFoundError, match=r"got 'lat'.*did you mean 'late'") as caught:
-        client.completions.create(model="lat", prompt="x")
-    assert caught.value.code == "model_not_found"
-
-
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -214,7 +201,6 @@ def test_a_misspelt_model_names_the_nearest(client):
         ({}, "model: Field required"),
         ({"model": "base"}, "prompt: Field required"),
         ({"model": "base", "prompt": 3}, "prompt: Input should be a valid string"),
-        ({"model": "base", "prompt": ""}, "" ),
         ({"model": "base", "prompt": "x", "max_tokens": 0}, "max_tokens: Input should be greater"),
         ({"model": "base", "prompt": "x", "temperature": 3}, "temperature: Input should be less"),
         ({"model": "base", "prompt": "x", "temprature": 1}, "temprature is not a supported option; did you mean 'temp"),
@@ -225,27 +211,26 @@ def test_a_misspelt_model_names_the_nearest(client):
         ({"model": "base", "prompt": "x", "logprobs": 99}, "logprobs: Input should be less"),
         ({"model": "base", "prompt": "x" * 500}, "; the prompt has 501, and up to 1 were requested"),
         ({"model": "base", "prompt": "x", "max_tokens": 500}, "128 tokens of the prompt and the answer together"),
+        ({"model": "base", "messages": [{"role": "user", "content": ""}] * 10_001}, "should have at most 10000 items"),
     ],
     ids=lambda value: repr(value)[:40] if not isinstance(value, str) else None,
 )  # fmt: skip
 def test_a_malformed_or_oversized_request_says_what_is_wrong(address, body, said):
-    response = post(address, body, headers={"content-type": "application/json"})
-    if body == {"model": "base", "prompt": ""}:  # BOS is a prompt
-        assert response.status_code == 200
-        return
+    path = "/v1/chat/completions" if isinstance(body, dict) and "messages" in body else "/v1/completions"
+    response = post(address, body, path, headers={"content-type": "application/json"})
     assert response.status_code == 400
     assert said in response.json()["error"]["message"]
 
 
-def test_a_huge_body_is_refused_unread(address):
-    response = post(address, b" " * (MAX_BODY + 1), headers={"content-type": "application/json"})
-    assert response.status_code == 413
+def test_an_empty_prompt_is_the_token_of_its_beginning(address):
+    assert post(address, {"model": "base", "prompt": "", **GREEDY}).json()["usage"]["prompt_tokens"] == 1
 
 
-def test_a_body_of_no_stated_length_is_refused(address):
-    response = httpx.post(f"{address}/v1/completions", content=iter([b"{", b"}"]))
-    assert response.status_code == 411
-    assert "Content-Length" in response.json()["error"]["message"]
+def test_a_body_that_is_huge_or_has_no_stated_length_is_refused_unread(address):
+    huge = post(address, b" " * (MAX_BODY + 1), headers={"content-type": "application/json"})
+    unstated = post(address, iter([b"{", b"}"]))
+    assert (huge.status_code, unstated.status_code) == (413, 411)
+    assert "Content-Length" in unstated.json()["error"]["message"]
 
 
 def test_a_token_is_asked_for_everywhere_but_for_health():
@@ -273,7 +258,12 @@ def test_answers_under_way_are_told_when_the_server_ends(monkeypatch, caplog):
     monkeypatch.setattr("reft_lightning.serving.app.PATIENCE", 0.1)
     engine = Engine(serving_models.model(), serving_models.tokenizer(), max_batch=8)
     engine.ends, choose = [], Answer.choose
-    monkeypatch.setattr(Answer, "choose", lambda answer, logits: time.sleep(0.3) or choose(answer, logits))
+
+    def slowly(answer, logits):
+        time.sleep(0.3 if len(engine._batch) == 2 else 0)
+        return choose(answer, logits)
+
+    monkeypatch.setattr(Answer, "choose", slowly)
     body = {"model": "base", "prompt": "x", "temperature": 0, "max_tokens": 100}
     with ThreadPoolExecutor() as pool, serving_models.server(engine) as address:
         whole, stream = (pool.submit(post, address, {**body, "stream": s}, timeout=60) for s in (False, True))
@@ -308,49 +298,29 @@ def test_the_server_answers_others_while_it_reads_a_long_prompt(address, monkeyp
         assert asked.result().status_code == 200
 
 
-def test_more_turns_than_anybody_writes_are_refused(address):
-    turns = [{"role": "user", "content": ""}] * 10_001
-    answer = post(address, {"model": "base", "messages": turns}, "/v1/chat/completions")
-    assert answer.status_code == 400
-    assert "messages: List should have at most 10000 items" in answer.json()["error"]["message"]
-
-
-def test_a_client_that_leaves_frees_its_place():
+def test_a_client_that_leaves_frees_its_place(monkeypatch):
     engine = Engine(serving_models.model(), serving_models.tokenizer(), max_batch=2)
-    engine.ends = []
+    engine.ends, given, submit, choose = [], [], engine.submit, Answer.choose
+    monkeypatch.setattr(engine, "submit", lambda answer: given.append(answer) or submit(answer))
+    monkeypatch.setattr(Answer, "choose", lambda answer, logits: time.sleep(0.02) or choose(answer, logits))
     with serving_models.server(engine) as address:
         body = {"model": "base", "prompt": "x", "temperature": 0, "max_tokens": 120}
         with pytest.raises(httpx.ReadTimeout):
             post(address, body, timeout=0.05)
         with httpx.stream("POST", f"{address}/v1/completions", json={**body, "stream": True}) as response:
             next(response.iter_lines())
-        started = time.perf_counter()
-        for _ in range(200):
-            if not engine._batch:
-                break
+        until = time.monotonic() + 10
+        while engine._batch and time.monotonic() < until:
             time.sleep(0.05)
         assert not engine._batch
-        assert time.perf_counter() - started < 10
+        assert all(answer.cancelled and len(answer.tokens) < 120 for answer in given)
         assert post(address, {**body, "max_tokens": 2}).status_code == 200
 
 
-def test_a_connection_that_was_idle_is_used_again(address):
-    """If the server hangs up first, a request in flight is lost; httpx keeps connections for five seconds."""
-    parts = urlsplit(address)
-    with closing(http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)) as connection:
-        for pause in (5.5, 0):
-            connection.request("GET", "/v1/models")
-            answer = connection.getresponse()
-            assert answer.status == 200
-            answer.read()
-            assert connection.sock is not None, "the server keeps the connection"
-            time.sleep(pause)
-
-
-def test_two_hundred_requests_of_all_kinds_lose_nothing(address):
+def test_a_hundred_requests_of_all_kinds_lose_nothing(address):
     """A third are answered whole or streamed, others cancelled, malformed or oversized."""
     draw = random.Random(0)
-    kinds = draw.choices(["whole", "stream", "cancel", "malformed", "oversized", "unknown"], k=200)
+    kinds = draw.choices(["whole", "stream", "cancel", "malformed", "oversized", "unknown"], k=100)
     expected = {}
     for name in serving_models.NAMES:
         for length in (3, 9):

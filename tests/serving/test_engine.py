@@ -105,13 +105,18 @@ def test_a_stop_string_ends_the_text_before_it(model, engine):
     assert request.wait() == (whole[: whole.find(word)], "stop")
 
 
-def test_pieces_of_a_stop_string_are_held_back_until_they_are_none():
-    sent = []
-    answer = Answer([1], sent.append, stop=("END",), max_tokens=50)
-    tokenizer = serving_models.tokenizer()
-    for token in tokenizer("an ENormous END", add_special_tokens=False)["input_ids"]:
+def sent_for(text, tokenizer=None, prompt=(1,), tokens=None, **settings):
+    """Return the parts that are sent of an answer with a text, until it is done."""
+    sent, tokenizer = [], tokenizer or serving_models.tokenizer()
+    answer = Answer(list(prompt), sent.append, **{"max_tokens": 5000, **settings})
+    for token in tokens or tokenizer(text, add_special_tokens=False)["input_ids"]:
         if not answer.done:
             answer.add(token, torch.zeros(len(tokenizer)), tokenizer, ())
+    return sent
+
+
+def test_pieces_of_a_stop_string_are_held_back_until_they_are_none():
+    sent = sent_for("an ENormous END", stop=("END",))
     assert "".join(part.text for part in sent) == "an ENormous "
     assert not any(part.text.endswith(("E", "EN")) for part in sent)
     assert sent[-1].finish == "stop"
@@ -119,31 +124,20 @@ def test_pieces_of_a_stop_string_are_held_back_until_they_are_none():
 
 @pytest.mark.parametrize(("stop", "kept"), [("：", "Q"), ("Q：", ""), ("Q：é", "")])
 def test_a_stop_string_with_characters_of_several_tokens_is_held_back_from_its_start(stop, kept):
-    sent = []
-    answer = Answer([1], sent.append, stop=(stop,), max_tokens=50)
-    tokenizer = serving_models.tokenizer()
-    for token in tokenizer("Q：é and more", add_special_tokens=False)["input_ids"]:
-        if not answer.done:
-            answer.add(token, torch.zeros(len(tokenizer)), tokenizer, ())
+    sent = sent_for("Q：é and more", stop=(stop,))
     assert "".join(part.text for part in sent) == kept
     assert sent[-1].finish == "stop"
 
 
 def test_bytes_that_end_the_prompt_are_no_part_of_the_answers_first_character():
-    sent, tokenizer = [], serving_models.sentence_piece()
-    answer = Answer(tokenizer("a é")["input_ids"], sent.append, max_tokens=50)
-    for token in tokenizer("é a", add_special_tokens=False)["input_ids"][1:]:
-        answer.add(token, torch.zeros(len(tokenizer)), tokenizer, ())
+    tokenizer = serving_models.sentence_piece()
+    tokens = tokenizer("é a", add_special_tokens=False)["input_ids"][1:]
+    sent = sent_for("", tokenizer, tokenizer("a é")["input_ids"], tokens)
     assert [part.text for part in sent] == ["é", " a"]
 
 
 def test_characters_of_several_tokens_are_sent_whole():
-    sent = []
-    answer = Answer([1], sent.append, max_tokens=50)
-    tokenizer = serving_models.tokenizer()
-    for token in tokenizer("aé漢b", add_special_tokens=False)["input_ids"]:
-        answer.add(token, torch.zeros(len(tokenizer)), tokenizer, ())
-    assert [part.text for part in sent] == ["a", "é", "漢", "b"]
+    assert [part.text for part in sent_for("aé漢b")] == ["a", "é", "漢", "b"]
 
 
 def test_blanks_that_a_tokenizer_takes_away_later_are_not_sent_before():
@@ -153,24 +147,21 @@ def test_blanks_that_a_tokenizer_takes_away_later_are_not_sent_before():
     draw, cleans = random.Random(0), {"clean_up_tokenization_spaces": True}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", **cleans)
     for _ in range(300):
-        tokens, sent = draw.choices(range(1, len(tokenizer)), k=30), []
-        answer = Answer([], sent.append, max_tokens=30, follows=False)
-        for token in tokens:
-            answer.add(token, torch.zeros(len(tokenizer)), tokenizer, ())
+        tokens = draw.choices(range(1, len(tokenizer)), k=30)
+        sent = sent_for("", tokenizer, (), tokens, max_tokens=30, follows=False)
         assert "".join(part.text for part in sent) == tokenizer.decode(tokens)
 
 
 @pytest.mark.parametrize("tokenizer", [serving_models.tokenizer(), serving_models.sentence_piece()])
 def test_a_long_answer_is_the_text_of_all_its_tokens_though_few_are_decoded_again(monkeypatch, tokenizer):
-    sent, decoded, decode = [], [], tokenizer.decode
+    decoded, decode = [], tokenizer.decode
     text = " a b  aé漢 " * 60
     tokens = tokenizer(f"a{text}", add_special_tokens=False)["input_ids"][1:]
-    answer = Answer(tokenizer("a a")["input_ids"], sent.append, max_tokens=5000)
+    prompt = tokenizer("a a")["input_ids"]
     monkeypatch.setattr(
         tokenizer, "decode", lambda ids, **more: decoded.append(len(ids)) or decode(ids, **more)
     )
-    for token in tokens:
-        answer.add(token, torch.zeros(len(tokenizer)), tokenizer, ())
+    sent = sent_for("", tokenizer, prompt, tokens)
     assert len(tokens) > 600
     assert "".join(part.text for part in sent) == text
     assert max(decoded) < 2 * AGAIN
@@ -226,13 +217,6 @@ def test_a_cancelled_request_leaves_the_batch_and_the_others_go_on(model, engine
     assert len(gone.answer.tokens) < 100
 
 
-def test_a_failed_batch_is_reported_and_the_next_one_answered(model, engine):
-    bad = Asked(engine, "x", "no such adapter")
-    with pytest.raises(ValueError, match="no adapter 'no such adapter'"):
-        bad.wait()
-    assert Asked(engine, "x", "late").wait()[1] == "length"
-
-
 def test_an_adapter_that_fails_ends_no_answer_of_others_in_its_batch(model, engine):
     names = ["default", "no such adapter", "late", None]
     held = threading.Event()
@@ -248,13 +232,18 @@ def test_an_adapter_that_fails_ends_no_answer_of_others_in_its_batch(model, engi
             assert request.answer.tokens == expected(model, "kept?", name, 6)
 
 
-def test_too_many_waiting_requests_are_refused(model):
-    engine = Engine(model, serving_models.tokenizer(), max_batch=1, max_waiting=3)
-    held = threading.Event()
+def held_engine(model, **settings):
+    """Return an engine that waits for an event in its first answer, and the event."""
+    engine, held = Engine(model, serving_models.tokenizer(), max_batch=1, **settings), threading.Event()
     first = Answer([1, 5], lambda part: held.wait(30), max_tokens=2)
     engine.submit(first)
     while not first.tokens:
         time.sleep(0.001)
+    return engine, held
+
+
+def test_too_many_waiting_requests_are_refused(model):
+    engine, held = held_engine(model, max_waiting=3)
     for _ in range(3):
         engine.submit(Answer([1, 5], print, max_tokens=1))
     with pytest.raises(Busy, match="3 requests are waiting"):
@@ -310,12 +299,7 @@ def test_defaults_of_the_base_model_change_no_answer(engine):
 
 
 def test_who_waits_when_it_closes_is_told(model):
-    engine = Engine(model, serving_models.tokenizer(), max_batch=1)
-    held = threading.Event()
-    first = Answer([1, 5], lambda part: held.wait(30), max_tokens=2)
-    engine.submit(first)
-    while not first.tokens:
-        time.sleep(0.001)
+    engine, held = held_engine(model)
     waiting = Asked(engine, "x")
     closing = threading.Thread(target=engine.close)
     closing.start()

@@ -31,6 +31,15 @@ def folder(tmp_path_factory):
     return folder
 
 
+def started(monkeypatch, *arguments):
+    """Return the server that the command would run."""
+    servers = []
+    monkeypatch.setattr("uvicorn.Server.run", lambda server: servers.append(server))
+    monkeypatch.setattr(sys, "argv", ["reft-serve", *map(str, arguments)])
+    cli.serve()
+    return servers[0]
+
+
 def refused(monkeypatch, capsys, *arguments):
     """Return the command's message before it exits with status 2."""
     monkeypatch.setattr(sys, "argv", ["reft-serve", *map(str, arguments)])
@@ -106,11 +115,7 @@ def test_an_adapter_that_changes_all_requests_is_served_on_its_own(monkeypatch, 
     rows = short_runs.write_rows(tmp_path / "rows")
     short_runs.run(rows, tmp_path / "changing", change, "optimizer.lr=0.3", "test=false")
     text = chat.Conversation(*chat.load(tmp_path / "changing"), max_new_tokens=8).ask("is zorb kept?")[1]
-    servers = []
-    monkeypatch.setattr("uvicorn.Server.run", lambda server: servers.append(server))
-    monkeypatch.setattr(sys, "argv", ["reft-serve", str(tmp_path / "changing")])
-    cli.serve()
-    with TestClient(servers[0].config.app) as client:
+    with TestClient(started(monkeypatch, tmp_path / "changing").config.app) as client:
         assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["changing"]
         body = {"model": "changing", "prompt": "is zorb kept?", "temperature": 0, "max_tokens": 8}
         with ThreadPoolExecutor() as pool:
@@ -125,9 +130,10 @@ def test_an_adapter_of_a_base_of_another_name_is_named(monkeypatch, caplog, fold
     shutil.copytree(folder / "adapter", tmp_path / "other")
     config = tmp_path / "other" / "reft_config.json"
     config.write_text(config.read_text().replace('"tiny_random"', '"them/tiny_instruct"'))
-    monkeypatch.setattr("uvicorn.Server.run", lambda server: server.engine.close())
-    monkeypatch.setattr(sys, "argv", ["reft-serve", str(folder), str(tmp_path / "other")])
-    cli.serve()
+    server = started(monkeypatch, folder, tmp_path / "other")
+    server.engine.close()
+    # if the server hangs up first, a request in flight is lost; httpx keeps idle connections for five seconds
+    assert server.config.timeout_keep_alive > 5
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert said == ["other was trained on them/tiny_instruct; it is served on tiny_random"]
 
@@ -139,11 +145,7 @@ def test_a_run_of_a_model_with_an_encoder_and_a_decoder_is_served(monkeypatch, t
     short_runs.run(rows, tmp_path / "translates", *of_t5)
     texts = chat.Conversation(*chat.load(tmp_path / "translates"), max_new_tokens=12).ask("is zorb kept?")
     assert all(texts)
-    servers = []
-    monkeypatch.setattr("uvicorn.Server.run", lambda server: servers.append(server))
-    monkeypatch.setattr(sys, "argv", ["reft-serve", str(tmp_path / "translates")])
-    cli.serve()
-    with TestClient(servers[0].config.app) as client:
+    with TestClient(started(monkeypatch, tmp_path / "translates").config.app) as client:
         for name, text in zip(("base", "translates"), texts, strict=True):
             body = {"model": name, "prompt": "is zorb kept?", "temperature": 0, "max_tokens": 12}
             assert client.post("/v1/completions", json=body).json()["choices"][0]["text"].strip() == text
@@ -192,9 +194,9 @@ def test_a_run_is_served(folder, tmp_path):
             body = {
                 "model": name,
                 "messages": [{"role": "user", "content": "is zorb kept?"}],
-                "temperature": 0,
+                "max_tokens": 8,
             }
-            answer = httpx.post(f"{address}/v1/chat/completions", json={**body, "max_tokens": 8}, timeout=60)
+            answer = httpx.post(f"{address}/v1/chat/completions", json={**body, "temperature": 0}, timeout=60)
             if name == "base":  # its tokenizer has no chat template
                 assert "no chat template" in answer.json()["error"]["message"]
                 continue

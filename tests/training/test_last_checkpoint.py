@@ -65,6 +65,16 @@ def test_after_an_exception_the_batch_is_read_again(data, whole, tmp_path, batch
     assert short_runs.logged(tmp_path, "train/loss") == short_runs.logged(whole, "train/loss")
 
 
+def test_after_an_exception_in_the_last_batch_of_an_epoch_right_after_a_validation_it_is_read_again(
+    data, tmp_path
+):
+    settings = (*SETTINGS, "trainer.val_check_interval=5", "test=false")
+    short_runs.run(data, tmp_path / "whole", *settings)
+    interrupt(data, tmp_path / "run", 5, *settings)
+    resume(data, tmp_path / "run", *settings)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 # the log's advice if one of them died
 def test_a_run_goes_on_without_processes_that_read_rows(data, whole, tmp_path):
     interrupt(data, tmp_path, 3, *SETTINGS, "data.num_workers=2")

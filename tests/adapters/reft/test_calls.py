@@ -134,6 +134,12 @@ def test_threads_with_one_model_do_not_disturb_each_other():
     assert torch.equal(reft(**BATCH).logits, other(**BATCH).logits)
 
 
+def gradients(reft, batch):
+    found = list(reft.interventions.parameters())
+    loss = reft(**batch).logits.square().mean()
+    return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, found)])
+
+
 @pytest.mark.parametrize("component", ["block_output", "mlp_output"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_threads_get_their_own_gradients(checkpointing, component):
@@ -141,17 +147,37 @@ def test_threads_get_their_own_gradients(checkpointing, component):
     if checkpointing:
         reft.base_model.gradient_checkpointing_enable()
 
-    def gradients(batch):
-        found = list(reft.interventions.parameters())
-        loss = reft(**batch).logits.square().mean()
-        return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, found)])
-
-    jobs = (lambda: gradients(BATCH), lambda: gradients(OTHER))
+    jobs = (lambda: gradients(reft, BATCH), lambda: gradients(reft, OTHER))
     expected = [job() for job in jobs]
     for found in at_once(*jobs):
         torch.testing.assert_close(found, expected)
     functions = [vars(m).get("_gradient_checkpointing_func") for m in reft.base_model.modules()]
     assert len({getattr(f, "func", f) for f in functions if f}) == checkpointing, "the base model's own again"
+
+
+def test_a_checkpointed_pass_waits_until_another_has_ended():
+    """Both replace the base model's checkpoint function: the last to end would put that of the other back."""
+    reft, found = attached().train(), []
+    reft.base_model.gradient_checkpointing_enable()
+    layers = reft.base_model.model.layers
+    expected, before = gradients(reft, OTHER), [layer._gradient_checkpointing_func for layer in layers]
+    inside, ended = threading.Event(), threading.Event()
+    other = threading.Thread(target=lambda: found.append(gradients(reft, OTHER)))
+
+    def meet(*_):
+        if threading.current_thread() is other:
+            inside.set()
+            ended.wait(30)
+        elif other.ident is None:
+            other.start()
+            inside.wait(0.3)
+
+    layers[0].register_forward_pre_hook(meet)
+    gradients(reft, BATCH)
+    ended.set()
+    other.join()
+    torch.testing.assert_close(found, [expected])
+    assert [layer._gradient_checkpointing_func for layer in layers] == before
 
 
 def test_positional_arguments_are_read_by_the_base_model_s_signature():

@@ -232,6 +232,15 @@ def test_a_cache_that_says_it_is_empty_after_a_pass_keeps_its_columns_elsewhere(
     assert read == [slice(0, 8), slice(8, 9), slice(9, 10)]
 
 
+@pytest.mark.parametrize(
+    "read", [[(0, 8), (8, 9), (9, 10)], [(0, 3), (3, 8), (8, 9)], [(0, 8), (0, 9), (0, 10)]]
+)
+def test_without_a_cache_columns_follow_those_read_before_unless_all_are_read_again(read):
+    prompt = torch.ones(2, 8, dtype=torch.bool)
+    spans = Spans(prompt, ~prompt, generating=True)
+    assert [spans.next_columns(stop - start, None) for start, stop in read] == [slice(*ends) for ends in read]
+
+
 @pytest.mark.parametrize("name", STATE_SPACE)
 def test_a_state_instead_of_a_cache_is_read_on_from_its_column(name):
     base = architectures.build(AutoModelForCausalLM, CONFIG_MAPPING[name])

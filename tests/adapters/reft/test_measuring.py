@@ -152,6 +152,7 @@ def test_the_subspace_holds_every_edit_and_nothing_else():
     edit, rows = (phi(h) - h).double(), subspace([phi])
     torch.testing.assert_close(rows @ rows.mT, torch.eye(3, dtype=torch.float64))
     torch.testing.assert_close(edit @ rows.mT @ rows, edit, atol=1e-6, rtol=1e-5)
+    assert len(subspace([phi, phi])) == 3  # the second adds no direction
 
 
 def test_edits_that_may_point_anywhere_have_no_subspace():

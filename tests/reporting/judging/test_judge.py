@@ -25,14 +25,8 @@ FOLDER = Path(__file__).parents[2] / "fixtures" / "instruction" / "alpaca_eval"
 OUTPUTS = FOLDER / "invented-7b.model_outputs.json"
 REFERENCE = FOLDER / "text_davinci_003.model_outputs.json"
 ANNOTATIONS = FOLDER / "invented-7b.annotations.json"
-PAIR = {
-    "instruction": "Say A.",
-    "output_1": "reference says",
-    "generator_1": "theirs",
-    "dataset": "koala",
-    "output_2": "model says",
-    "generator_2": "mine",
-}
+PAIR = {"instruction": "Say A.", "output_1": "reference says", "generator_1": "theirs", "dataset": "koala",
+        "output_2": "model says", "generator_2": "mine"}  # fmt: skip
 
 
 def read(path):
@@ -121,16 +115,13 @@ def endpoint(monkeypatch):
 
 
 class TestResume:
-    def test_a_judge_that_fails_midway_keeps_what_it_has_judged(self, tmp_path):
-        journal = tmp_path / "judgements.jsonl"
+    def test_a_judge_that_fails_midway_resumes_without_asking_twice_and_as_if_nothing_had_happened(
+        self, tmp_path
+    ):
+        journal, again = tmp_path / "judgements.jsonl", Scripted()
         with pytest.raises(JudgeFailed, match=r"the line is dead\n4 of 10 judgements are kept in .*resumes"):
             judge_pairs(pairs(), Scripted(fail_at=4), journal)
         assert len(read_journal(journal)) == 4
-
-    def test_it_resumes_without_asking_twice_and_ends_as_if_nothing_had_happened(self, tmp_path):
-        journal, again = tmp_path / "judgements.jsonl", Scripted()
-        with pytest.raises(JudgeFailed):
-            judge_pairs(pairs(), Scripted(fail_at=4), journal)
         resumed = judge_pairs(pairs(), again, journal)
         assert again.asked == [pair["instruction"] for pair in pairs()[4:]]
         assert resumed == judge_pairs(pairs(), Scripted(), tmp_path / "whole.jsonl")
@@ -300,15 +291,11 @@ class TestFile:
         [(ROW, 1, "1 and 0"), (ROW, 1.5, "1 and 0.5"), (TURNED, 2, "0 and 1")],
     )
     def test_two_judgements_of_the_same_texts_must_agree(self, row, preference, shares):
-        rows = [
-            self.ROW | {"preference": 2},
-            self.ROW | {"preference": None},
-            row | {"preference": preference},
-        ]
+        first, none = ({**self.ROW, "preference": value} for value in (2, None))
         with pytest.raises(
             ValueError, match=rf"judgements 0 and 2 contradict each other on 'Say A.': {shares}"
         ):
-            look_up([PAIR], rows)
+            look_up([PAIR], [first, none, row | {"preference": preference}])
 
     def test_judgements_that_agree_and_rows_without_one_count_once(self):
         given = [(self.ROW, None), (self.ROW, 1.3), (self.TURNED, 1.7), (self.ROW, None)]
@@ -389,9 +376,8 @@ class TestCommand:
         found = main(self.options(tmp_path, **asked))
         assert found["n_total"] == 10
         journal = tmp_path / "result.judgements.jsonl"
-        again = main(
-            self.options(tmp_path, judge="file", annotations=str(journal), out=str(tmp_path / "b.json"))
-        )
+        of_file = {"judge": "file", "annotations": str(journal), "out": str(tmp_path / "b.json")}
+        again = main(self.options(tmp_path, **of_file))
         assert again["win_rate"] == found["win_rate"]
         assert endpoint.headers[0]["Authorization"] == "Bearer secret"
         assert all("secret" not in path.read_text() for path in tmp_path.iterdir())
@@ -416,10 +402,8 @@ class TestCommand:
         options = self.options(tmp_path, judge="endpoint", url=endpoint.url, model="org/some-model")
         main({name: value for name, value in options.items() if name != "out"} | {"outputs": str(outputs)})
         stem = "mine.vs_text_davinci_003.org_some-model"
-        assert {path.name for path in tmp_path.glob("mine.vs*json*")} >= {
-            f"{stem}.win_rate.json",
-            f"{stem}.judgements.jsonl",
-        }
+        names = {path.name for path in tmp_path.glob("mine.vs*json*")}
+        assert names >= {f"{stem}.win_rate.json", f"{stem}.judgements.jsonl"}
 
     @pytest.mark.parametrize(("options", "message"), [
         ({"judge": "fil"}, r"judge must be one of file, endpoint; got 'fil'; did you mean 'file'"),
