@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from ..storage.atomic import write_json
 from ..storage.reading import read_json
 from ..suggest import needs_extra
 from ..terminal.bars import Bar
-from ..terminal.lines import say
+from ..terminal.lines import plain_console, say
 from . import findings
 from .figures import draw
 from .perplexity import OWN, windows
@@ -55,7 +54,7 @@ def main(
     """
     with needs_extra("report", "the figures need matplotlib"):
         import matplotlib  # noqa: F401
-    console = console or Console(width=None if sys.stdout.isatty() else 120, emoji=False)
+    console = console or plain_console()
     runs = [_run_of(folder) for folder in folders]
     out = out or runs[0] / "inspection"
     angles = _compare(runs)

@@ -111,7 +111,7 @@ def main(
     found = plan(config, prompt, target or 1)
     if gpu is not None:
         found["gpu"] = {"name": gpu, **on_gpu(found, config, GPUS[gpu])}
-    show(found, Console(soft_wrap=True))
+    show(found, Console(soft_wrap=True, emoji=False))
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.text import Text
 from ..storage.atomic import write_text, write_whole
 from ..suggest import needs_extra
 from ..terminal.bars import Bar
-from ..terminal.lines import say
+from ..terminal.lines import plain_console, say
 from . import plots, records, tables
 from .build import Report, build_report
 from .evidence import RESAMPLES
@@ -61,7 +60,7 @@ def main(
         raise ValueError(f"out must be a folder; {out} is a file")
     report = build_report(folders, split, resamples, seed)
     html = write(report, out)
-    console = console or Console(width=None if sys.stdout.isatty() else 140, emoji=False)
+    console = console or plain_console(140)
     print_report(report, console)
     if wandb:
         log_to_wandb(report, html, out, project)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..storage.predictions import read_predictions
+from ..terminal.lines import plain_console
 
 SHOWN = 5  # rows
 WIDTH = 60  # characters per cell
@@ -28,7 +28,7 @@ def print_changed_answers(folder: Path, method: str, console: Console | None = N
     changed = [(before, after) for before, after in scored if before["correct"] != after["correct"]]
     if not changed:
         return
-    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    console = console or plain_console()
     right = sum(row["correct"] for _, row in changed)
     table = Table(
         title=f"answers that changed: {right} of {len(pairs)} became right, {len(changed) - right} became wrong"

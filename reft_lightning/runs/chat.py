@@ -39,7 +39,7 @@ NO_TEMPLATE = "this tokenizer has no chat template"
 
 def main(folder: Path, max_new_tokens: int = 64, template: str | None = None) -> None:
     """Answer prompts from standard input until it ends or says ``/quit``; template None: that of the training."""
-    console = Console()
+    console = Console(emoji=False)
     talk = Conversation(*load(folder, template), max_new_tokens)
     has_template = talk.reader.chat_template is not None
     if talk.prompts.template == "chat" and not has_template:

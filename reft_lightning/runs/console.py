@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shlex
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from ..config.overrides import key_of
 from ..evaluation.row_metrics import mean_of_counts
+from ..terminal.lines import plain_console
 
 # clearer names for some measures
 HEADINGS = {"option_accuracy": "option likelihood", "rouge_l": "ROUGE-L"}
@@ -25,7 +25,7 @@ OTHER = {"loreft": "direft", "direft": "loreft"}  # methods with the same settin
 
 def print_table(results: dict[str, Any], console: Console | None = None) -> None:
     """Print a run's scores, frozen base and adapted model with 95 % intervals, and its costs."""
-    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    console = console or plain_console()
     for line in [*_print_scores(results, console), *_costs(results)]:
         console.print(line, soft_wrap=True)
     for name, said in _commands(results):

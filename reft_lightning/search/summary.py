@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..runs.results import read_results
 from ..storage.atomic import write_json
+from ..terminal.lines import plain_console
 from .budget import counted, spent, verdict
 from .ledger import test_reads
 from .space import brief
@@ -85,11 +85,10 @@ def remarks_of(method: Mapping[str, Any]) -> list[str]:
 
 def print_summary(values: dict[str, Any], folder: Path) -> None:
     """Print one line for each method, the verdict on the budgets, and the number of reads of test splits."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = plain_console(140)
     unit, score = values["budget"]["unit"], values["monitor"].replace("val/", "test/", 1)
     table = Table(title=f"search {escape(values['search'])}: best {values['monitor']} of each method")
     ended = ("complete", "pruned", "failed")

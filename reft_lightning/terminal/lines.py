@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console
+
+
+def plain_console(width: int = 120) -> Console:
+    """Return a console for tables, ``width`` columns wide in a pipe. Codes such as ``:100:`` are only text."""
+    return Console(width=None if sys.stdout.isatty() else width, emoji=False)
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:

@@ -71,6 +71,13 @@ def test_a_long_question_is_shown_by_its_end_and_a_missing_answer_as_none(folder
     assert "(none)" in text
 
 
+def test_an_answer_is_shown_as_it_was_given(folder, capsys):
+    write(folder, "base", [row(0, ":100:")])  # rich's code for an emoji
+    write(folder, "reft", [row(0, "yes")])
+    print_changed_answers(folder, "loreft")
+    assert ":100:" in capsys.readouterr().out
+
+
 def test_nothing_is_said_without_the_base_or_without_a_change(folder):
     write(folder, "reft", [row(0, "yes")])
     assert shown(folder) == ""

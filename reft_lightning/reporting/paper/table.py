@@ -9,7 +9,6 @@ changed settings.
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ...terminal.lines import plain_console
 from .obtained import Obtained, compare, read_runs
 from .published import AVERAGE, Number, Printed, read_rows
 
@@ -36,7 +36,7 @@ def main(options: Mapping[str, str], console: Console | None = None) -> list[tup
         raise ValueError(f"table must be one of {', '.join(known)}, which have experiments; got {table!r}")
     runs = read_runs(folder)
     compared = [(row, compare(row, runs)) for row in rows if table in (None, str(row.table))]
-    console = console or Console(width=None if sys.stdout.isatty() else 120, emoji=False)
+    console = console or plain_console()
     for number in known:
         print_table(number, [pair for pair in compared if str(pair[0].table) == number], console)
     console.print(
