@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
@@ -105,6 +105,12 @@ class LastCheckpoint(Checkpoint):
 
     # --- what -----------------------------------------------------------------------------------------------
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Accumulate as the epoch requires: Lightning sets this when an epoch starts, not when one is continued."""
+        for callback in trainer.callbacks if self._resumed else ():  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(callback, GradientAccumulationScheduler):
+                callback.on_train_epoch_start(trainer, pl_module)
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -150,6 +156,9 @@ class LastCheckpoint(Checkpoint):
             progress["is_last_batch"] = False
             for count in (progress["total"], progress["current"]):
                 count.update(dict.fromkeys(("ready", "started", "processed"), count["completed"]))
+            if not progress["current"]["completed"]:  # the epoch starts again, with its hooks
+                for count in loops["epoch_progress"].values():
+                    count.update(dict.fromkeys(("ready", "started"), count["completed"]))
         if self._validating:
             validation = loops["epoch_loop.val_loop.batch_progress"]
             validation["is_last_batch"] = False

@@ -177,6 +177,39 @@ def test_each_reason_to_write_the_checkpoint_writes_it_once(data, tmp_path, monk
     assert short_runs.checkpoint(tmp_path)["global_step"] == 12
 
 
+SCHEDULER = "lightning.pytorch.callbacks.GradientAccumulationScheduler"
+
+
+def test_accumulation_that_changes_between_epochs_is_that_of_the_epoch(data, tmp_path):
+    scheduled = (f"+callbacks.x._target_={SCHEDULER}", "+callbacks.x.scheduling={0:1,1:2}")
+    settings = ("intervention.dropout=0.3", *scheduled, "test=false")
+    short_runs.run(data, tmp_path / "whole", *settings)
+    interrupt(data, tmp_path / "run", 8, *settings)
+    assert short_runs.checkpoint(tmp_path / "run")["global_step"] == 7  # in the second epoch
+    resume(data, tmp_path / "run", *settings)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_that_was_killed_after_an_epoch_tells_callbacks_that_the_next_one_starts(
+    data, whole, tmp_path, monkeypatch
+):
+    from lightning import Callback
+
+    from reft_lightning.training.last_checkpoint import LastCheckpoint
+
+    class Notes(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            starts.append((trainer.current_epoch, trainer.global_step))
+
+    starts = []
+    with monkeypatch.context() as patch:
+        patch.setattr(LastCheckpoint, "on_exception", lambda *_: None)
+        interrupt(data, tmp_path, 8, *SETTINGS)
+    experiment.run(short_runs.config(data, *SETTINGS, f"resume={tmp_path}"), tmp_path, callbacks=[Notes()])
+    assert starts == [(1, 6)]
+    assert_same_run(tmp_path, whole)
+
+
 def test_gradients_of_a_step_in_progress_are_kept(data, tmp_path):
     settings = ("trainer.accumulate_grad_batches=4", "intervention.dropout=0.3", "trainer.max_epochs=2")
     short_runs.run(data, tmp_path / "whole", *settings)
