@@ -278,12 +278,15 @@ def _check_folder(asked: compose.Asked) -> None:
     from .runs.run_folder import check_free
 
     first = next(iter(asked.runs.values()), None)
-    if asked.folder is None or first is None:
+    if first is None:
         return
+    place, jobs = (asked.folder, asked.jobs) if asked.folder else (asked.parent, ())
     with _exit_on_value_error():
-        for path in (*asked.folder.parents, asked.folder, *(asked.folder / job for job in asked.jobs)):
+        for path in (*place.parents, place, *(place / job for job in jobs)):
             if path.is_file():
                 raise ValueError(f"{path} is a file, not a folder: move it, or give another folder")
+        if asked.folder is None:
+            return
         for folder in (asked.folder, *(asked.folder.glob("[0-9]*_*/") if asked.sweep else ())):
             check_free(folder, first.overwrite or bool(first.resume))
 

@@ -514,6 +514,8 @@ def test_a_folder_with_a_complete_run_is_given_to_no_other(monkeypatch, runs, ca
         ("mine", ["-m", "seed=1,2", "hydra.sweep.dir=mine"]),
         ("mine/2_seed=2,test=False", ["-m", "seed=1,2", "test=false,true", "hydra.sweep.dir=mine"]),
         ("mine/1_seed=2", ["-m", "seed=1,2", "hydra.sweep.dir=mine", "resume=auto"]),
+        ("outputs", []),
+        ("outputs/mine", ["name=mine", "-m", "seed=1,2"]),
     ],
 )
 def test_a_file_where_a_run_would_write_is_named_before_anything_is_written(
