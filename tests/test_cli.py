@@ -4,6 +4,7 @@ import datetime
 import gc
 import importlib.util
 import json
+import logging
 import subprocess
 import sys
 import types
@@ -726,6 +727,28 @@ def test_several_processes_are_not_left_to_evaluate_the_same_run(
         command(monkeypatch, cli.evaluate, f"run={folder}")
     assert "reft-eval runs in one process" in capsys.readouterr().err
     assert runs == []
+
+
+def test_a_shell_that_salloc_opens_on_a_node_is_one_process(monkeypatch, runs, folder):
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "4294967290"}.items():  # what SLURM 22 sets
+        monkeypatch.setenv(name, value)
+    command(monkeypatch, cli.evaluate, f"run={folder}")
+    assert runs
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_command_logs_in_the_first_process_only(monkeypatch, capsys, rank):
+    @cli._command("usage: logs")
+    def logs(argv):
+        logging.getLogger("reft_lightning.runs").info("begun")
+        logging.getLogger("reft_lightning.runs").error("stopped")
+
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    command(monkeypatch, logs, "resume=mine")
+    said = capsys.readouterr().err
+    assert ("begun" in said) == (rank == "0")
+    assert "stopped" in said
 
 
 @pytest.mark.parametrize("run", [cli.evaluate, cli.chat])

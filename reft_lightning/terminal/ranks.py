@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # environment variables with the rank of a process
+SHELL = "4294967290"  # the step of a shell that salloc opens on a node: a single process, whatever the job's tasks
 
 
 def is_first_process() -> bool:
@@ -14,7 +15,7 @@ def is_first_process() -> bool:
 
 def in_srun() -> bool:
     """Whether SLURM's srun started this process. A batch script is told its job's tasks too, but belongs to no step."""
-    return "SLURM_STEP_ID" in os.environ
+    return os.environ.get("SLURM_STEP_ID", SHELL) != SHELL
 
 
 def started_ranks() -> int:
