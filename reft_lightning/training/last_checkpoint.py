@@ -43,7 +43,7 @@ class LastCheckpoint(Checkpoint):
         self._loaders: list[Any] = []
         self._gradients: dict[str, Tensor] = {}
         self._step = 0  # number of optimizer steps after the last complete batch
-        self._resumed = self._validating = self._due = False
+        self._resumed = self._validating = self._due = self._stopped = False
 
     # --- when -----------------------------------------------------------------------------------------------
 
@@ -74,7 +74,8 @@ class LastCheckpoint(Checkpoint):
         self._due = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end of the last epoch."""
+        """Save the end of the last epoch, and whether a callback ended training."""
+        self._stopped = trainer.should_stop
         if self._due:
             self._save(trainer)
 
@@ -106,7 +107,9 @@ class LastCheckpoint(Checkpoint):
     # --- what -----------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Accumulate as the epoch requires: Lightning sets this when an epoch starts, not when one is continued."""
+        """Set what Lightning does not restore: accumulation that depends on the epoch, and that training is over."""
+        if self._stopped:
+            trainer.should_stop = True
         for callback in trainer.callbacks if self._resumed else ():  # pyright: ignore[reportAttributeAccessIssue]
             if isinstance(callback, GradientAccumulationScheduler):
                 callback.on_train_epoch_start(trainer, pl_module)
@@ -137,12 +140,14 @@ class LastCheckpoint(Checkpoint):
             "loaders": self._loaders,
             "gradients": self._gradients,
             "step": self._step,
+            "stopped": self._stopped,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state, to be used from the next batch on."""
         self._random, self._loaders = state_dict["random"], state_dict["loaders"]
         self._gradients, self._step = state_dict["gradients"], state_dict["step"]
+        self._stopped = state_dict.get("stopped", False)  # missing in checkpoints of earlier versions
         self._resumed = True
 
     def on_save_checkpoint(

@@ -190,6 +190,17 @@ def test_accumulation_that_changes_between_epochs_is_that_of_the_epoch(data, tmp
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_a_run_that_a_callback_ended_early_takes_no_further_step_if_resumed(data, tmp_path):
+    stopping = (
+        "+callbacks.x._target_=lightning.pytorch.callbacks.EarlyStopping",
+        "+callbacks.x.monitor=val/loss",
+    )
+    settings = (*stopping, "+callbacks.x.patience=1", "+callbacks.x.min_delta=1", "trainer.max_epochs=4")
+    interrupt(data, tmp_path, 0, *settings, where="test_step")
+    assert short_runs.checkpoint(tmp_path)["global_step"] == 12
+    assert resume(data, tmp_path, *settings)["steps"] == 12
+
+
 def test_a_run_that_was_killed_after_an_epoch_tells_callbacks_that_the_next_one_starts(
     data, whole, tmp_path, monkeypatch
 ):
