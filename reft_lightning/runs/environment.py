@@ -46,6 +46,7 @@ def _code() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
+    versions["torch"] = torch.__version__  # with the build (+cu130), which the package's metadata may lack
     return {"versions": versions, "git_commit": git_commit()}
 
 

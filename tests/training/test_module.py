@@ -315,7 +315,7 @@ def test_ranks_of_a_resumed_run_share_out_the_tokens_of_all(data):
         module.on_load_checkpoint(
             {"tokens": 100, "train_seconds": 1.0, "train_metrics": {}, "step_loss": torch.zeros(())}
         )
-        module.on_train_start()
+        module.on_fit_start()
         found.append(module.tokens)
     assert found == [34, 33, 33]
 

@@ -287,7 +287,7 @@ def test_where_adapters_share_a_base_model_it_is_refused(tmp_path):
         ):
             other.load_adapter(tmp_path / saved, "second")
     with pytest.raises(ValueError, match="together with peft/lora, which would apply to all requests"):
-        serve_adapters(tiny.model("llama"), {"one": tmp_path})
+        serve_adapters(tiny.model("llama"), {"one": tmp_path, "two": tmp_path / "alone"})
     for write in (rl.to_pyreft, rl.to_easysteer):
         with pytest.raises(ValueError, match="together with peft/lora, but a folder for"):
             write(model, tmp_path / "out")
