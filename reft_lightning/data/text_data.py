@@ -28,7 +28,7 @@ class TextData(GenerationData):
             if unread:
                 log.warning(
                     "data.prompt is not set, so the rows are texts without a prompt; columns of text that are not "
-                    "read: %s. If %s answers one of them, set data.prompt", ", ".join(unread), " and ".join(make.names),
+                    "read: %s. If data.target answers one of them, set data.prompt to it", ", ".join(unread),
                 )  # fmt: skip
         return super()._examples(make, rows, facts, what, part, name)
 

@@ -120,7 +120,10 @@ class Run:
         path = self.folder / "predictions" / f"{'base' if base else 'reft'}_{split}.jsonl"
         if path not in self._parsed:
             self._parsed[path] = _by_task(read_predictions(path))
-        return self._parsed[path].get(task, {})
+        found = self._parsed[path]
+        if task == ALL and ALL not in found:
+            found[ALL] = _texts(found)
+        return found.get(task, {})
 
     def curve(self, column: str) -> list[tuple[int, float]]:
         """Return (step, value) of one column of the CSV logs, from all parts of a resumed run.
@@ -246,11 +249,15 @@ def _by_task(rows: Mapping[Key, Mapping[str, Any]]) -> Predictions:
     found: Predictions = defaultdict(dict)
     for task, source, number in sorted(rows):
         found[task][source, number] = rows[task, source, number]
-    texts: dict[tuple[str, int], list[Mapping[str, Any]]] = defaultdict(list)
+    return dict(found)
+
+
+def _texts(found: Predictions) -> dict[tuple[str, int], Mapping[str, Any]]:
+    pieces: dict[tuple[str, int], list[Mapping[str, Any]]] = defaultdict(list)
     for number, of_task in enumerate(found.values()):
         for (source, _), row in of_task.items():
-            texts[source, number].append(row)
-    return {**found, ALL: {key: _whole(pieces) for key, pieces in texts.items()}}
+            pieces[source, number].append(row)
+    return {key: _whole(of_text) for key, of_text in pieces.items()}
 
 
 def _whole(pieces: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -163,7 +163,7 @@ class TestRows:
             module(path).check_train()
         expected = [
             "data.prompt is not set, so the rows are texts without a prompt; columns of text that are not read: "
-            "question, topic. If text answers one of them, set data.prompt"
+            "question, topic. If data.target answers one of them, set data.prompt to it"
         ]
         assert [record.message for record in caplog.records] == (expected if named else [])
 

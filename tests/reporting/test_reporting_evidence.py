@@ -11,6 +11,7 @@ from reft_lightning.reporting import tables
 from reft_lightning.reporting.comparisons import AVERAGE, ROWS_AND_SEEDS, ROWS_ONLY, Comparison, Method, Score
 from reft_lightning.reporting.evidence import interval_of
 from reft_lightning.reporting.pairs import pairs_of
+from reft_lightning.reporting.runs import Run
 from reft_lightning.reporting.scores import RowMean
 from reft_lightning.reporting.statistics import over_seeds, resample_rows, seed_weights
 
@@ -351,3 +352,14 @@ class TestEvidence:
         rows = predictions("boolq", [0.25] * 60, "rouge")
         write_run(tmp_path / "a", rows=rows, metrics={"test/boolq/rouge": 0.25}, monitor="val/rouge")
         assert any("has zero width" in note for note in only(tmp_path).notes)
+
+
+def test_rows_that_no_text_is_made_of_may_have_any_scores(tmp_path):
+    (tmp_path / "predictions").mkdir()
+    row = {
+        "task": "mine",
+        "source": "row 1",
+        "scores": {"loss": 1.0},
+    }  # a measure of that name, without tokens
+    (tmp_path / "predictions" / "reft_test.jsonl").write_text(json.dumps(row) + "\n")
+    assert Run(tmp_path, {}, {"metrics": {}}).rows("test", "mine") == {("row 1", 0): row}
