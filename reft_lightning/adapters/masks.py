@@ -50,7 +50,7 @@ class Spans:
         if not self.generating:
             start = self.width - count
         elif isinstance(attention, Tensor) and attention.ndim == 2:
-            start = attention.shape[1] - count
+            start = min(attention.shape[1] - count, self.read)  # BLOOM's covers a whole static cache
         elif cached is not None and (cached or not self.read):
             start = cached
         elif self.read == 0:

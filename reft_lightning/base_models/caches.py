@@ -18,7 +18,11 @@ CACHE = "cache" if any(field.name == "cache" for field in fields(BaseModelOutput
 def with_new_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call with the cache under the name that the base model reads."""
     old = RENAMED if CACHE == "cache" else ()
-    return {CACHE if name in old else name: value for name, value in arguments.items()}
+    given = [name for name in (CACHE, *old) if arguments.get(name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"the cache is given twice, as {' and as '.join(given)}")
+    renamed = {CACHE: arguments[given[0]]} if given else {}
+    return {name: value for name, value in arguments.items() if name not in old} | renamed
 
 
 def cache_in(arguments: Mapping[str, Any]) -> Any:

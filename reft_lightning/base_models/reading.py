@@ -56,9 +56,8 @@ def reading_of(model: PreTrainedModel) -> Reading:
 
 
 def _find_out(model: PreTrainedModel) -> Reading:
-    if reads_two_texts(
-        model
-    ):  # an encoder is bidirectional, and neither it nor its decoder takes position ids
+    # an encoder is bidirectional, and neither it nor its decoder takes position ids
+    if reads_two_texts(model):
         return Reading(causal=False, needs_position_ids=False)
     try:
         return _try(bare_copy(model))

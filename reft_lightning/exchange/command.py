@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
@@ -112,7 +113,10 @@ def _library(folder: Path) -> tuple[str, str]:
 
 def _without_weights(config: ReftConfig, folder: Path, state: dict[str, Tensor]) -> ReftModel:
     """Return a saved adapter on its base model without weights."""
-    base_model = load_base_of(config, instead=INSTEAD, weights=False)
+    base_model: Any = load_base_of(config, instead=INSTEAD, weights=False)
+    heads = [t for name, t in state.items() if name.startswith("heads.") and t.is_floating_point()]
+    if heads:  # which are written as they were saved
+        base_model.to(max(heads, key=lambda t: t.itemsize).dtype)
     with naming(folder):
         check_architecture(base_model, config.architecture)
         reft = in_memory(ReftModel(base_model, config))

@@ -69,9 +69,8 @@ class Engine:
         max_waiting: int = 1024,
     ) -> None:
         self.model, self.reader, self.tokenizer = model.eval(), reader, (tokenizer := tokenizer_of(reader))
-        self.alone = bool(
-            change_for_all(model.adapters.first)
-        )  # whether its one adapter answers every request
+        # whether its one adapter answers every request
+        self.alone = bool(change_for_all(model.adapters.first))
         self.sees = reader is not tokenizer
         self._collate = ImageCollator(reader) if self.sees else None
         self.max_batch, self.max_waiting = max_batch, max_waiting

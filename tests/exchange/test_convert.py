@@ -11,9 +11,10 @@ import golden_llama
 import pytest
 import tiny
 import torch
+import vision_models
 from golden_llama import GOLDEN
 from safetensors import safe_open
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, Gemma3ForCausalLM
 
 import reft_lightning as rl
 from reft_lightning import cli
@@ -121,6 +122,32 @@ def test_trained_heads_are_converted_without_the_other_weights(run, tmp_path, he
     assert run("mine-pyreft", "to=reft", "out=again")[0] == 0
     again = rl.ReftModel.from_pretrained(model, tmp_path / "again")
     torch.testing.assert_close(logits(again), logits(reft), atol=1e-5, rtol=0)
+
+
+def test_heads_keep_the_precision_of_their_file(run, tmp_path, caplog):
+    model = tiny.model("llama").bfloat16()
+    model.save_pretrained(tmp_path / "base")
+    reft = rl.attach(copy.deepcopy(model), "loreft", rank=2, positions="f1+l1", heads=["lm_head"])
+    reft.config.base_model = str(tmp_path / "base")
+    reft.save_pretrained(tmp_path / "mine")
+    for place, to in (("mine", "reft"), ("mine", "pyreft"), ("mine-pyreft", "reft")):
+        assert run(place, f"to={to}")[0] == 0
+    for place in ("mine-reft", "mine-pyreft-reft"):
+        again = rl.ReftModel.from_pretrained(copy.deepcopy(model), tmp_path / place)
+        assert torch.equal(logits(again), logits(reft))
+    assert "lower precision" not in caplog.text
+
+
+@pytest.mark.parametrize("to", ["reft", "pyreft"])
+def test_a_text_model_is_found_in_a_checkpoint_that_also_reads_images(run, tmp_path, to):
+    images = vision_models.model("gemma3").config
+    images.save_pretrained(tmp_path / "base")
+    model = Gemma3ForCausalLM(images.text_config)
+    reft = rl.attach(model, "loreft", rank=2, positions="f1+l1")
+    reft.config.base_model = str(tmp_path / "base")
+    reft.save_pretrained(tmp_path / "mine")
+    status, error = run("mine", f"to={to}")
+    assert status == 0, error
 
 
 @pytest.mark.parametrize("library", ["pyreft", "adapters"])

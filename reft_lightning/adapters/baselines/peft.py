@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from ...base_models.caches import states_in, window_of
+from ...base_models.caches import cache_in, columns_in, states_in, window_of
 from ...base_models.decoders import is_decoder
 from ...base_models.stacks import reads_two_texts
 from ..attaching import attaching, check_base, detached
@@ -96,6 +96,15 @@ class PeftBaseline(Baseline):
                 f"which the virtual tokens would be inserted; {self.config.method} cannot be used with it"
             )
         return output
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the adapted model; see :meth:`Baseline.generate`."""
+        if self._virtual is not None and self._enabled and columns_in(cache_in(kwargs)):
+            raise ValueError(
+                f"{self.config.method} puts {self._virtual.count} virtual tokens into the cache, and generate would "
+                "leave out as many tokens of the text: leave out the cache"
+            )
+        return super().generate(*args, **kwargs)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -79,10 +79,11 @@ class VirtualTokens:
         first = past is None or past.get_seq_length() == 0
         mask = kwargs.get("attention_mask")
         if mask is not None:
-            if mask.ndim != 2:
+            if not isinstance(mask, Tensor) or mask.ndim != 2:
+                shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
                 raise ValueError(
-                    f"virtual tokens need an attention mask of rows and columns; got the shape {tuple(mask.shape)} "
-                    "(if that comes from a static cache, generate with a dynamic one)"
+                    f"virtual tokens need an attention mask of rows and columns; got {shape} (if that comes from a "
+                    "static cache, generate with a dynamic one)"
                 )
             kwargs["attention_mask"] = F.pad(mask, (self.count, 0), value=1)
         if kwargs.get("position_ids") is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .config import ReftConfig
 
@@ -39,8 +39,9 @@ def load_base_of(
     with naming_base(config.base_model, instead):
         if weights:
             return kind.from_pretrained(config.base_model, **loading)
+        own: Any = kind.config_class  # in a checkpoint that also reads images, that of the text model
         with torch.device("meta"):
-            return kind(AutoConfig.from_pretrained(config.base_model, **loading))
+            return kind(own.from_pretrained(config.base_model, **loading))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    DynamicCache,
 )
 
 from reft_lightning.adapters.adapt import adapt, build_on_meta
@@ -22,6 +23,7 @@ from reft_lightning.adapters.baselines.in_place import Baseline
 from reft_lightning.adapters.baselines.peft import peft_config
 from reft_lightning.adapters.methods import METHODS
 from reft_lightning.adapters.saving import load_state
+from reft_lightning.base_models.caches import CACHE
 from reft_lightning.config import compose
 from reft_lightning.evaluation import Decoding
 from reft_lightning.evaluation.decoding import generate_ids
@@ -79,6 +81,24 @@ def test_a_cache_of_an_earlier_call_is_read_once(method):
         then = model(input_ids=text[None, 5:], past_key_values=first.past_key_values)
     whole = logits_of(model, {"input_ids": text[None]})
     torch.testing.assert_close(then.logits, whole[:, 5:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", VIRTUAL)
+def test_generation_refuses_a_cache_that_holds_virtual_tokens(method):
+    model, first, whole = adapted("llama", method), *(tiny.padded(tiny.rows(n, n)) for n in (6, 8))
+    model.generate(**first, past_key_values=DynamicCache(), max_new_tokens=2)
+    cache = model(**first, use_cache=True)[CACHE]
+    with pytest.raises(ValueError, match=f"{method} puts 3 virtual tokens .*: leave out the cache"):
+        model.generate(**whole, past_key_values=cache, max_new_tokens=2)
+    with model.disabled():
+        model.generate(**whole, past_key_values=model(**first, use_cache=True)[CACHE], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])  # a mask, and one for each kind of attention
+def test_virtual_tokens_refuse_a_static_cache(family):
+    static = {"cache_implementation": "static", "max_new_tokens": 2}
+    with pytest.raises(ValueError, match="generate with a dynamic one"):
+        adapted(family, VIRTUAL[0]).generate(**tiny.padded(tiny.rows(6, 4)), **static)
 
 
 # --- parameters and files -----------------------------------------------------------------------------------------
