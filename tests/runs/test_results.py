@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 
 from reft_lightning.config import compose
@@ -80,8 +81,9 @@ def test_predictions_keep_every_character(tmp_path):
 
 def test_the_versions_are_those_of_what_decides_a_result():
     versions = environment.environment()["versions"]
-    for package in ("torch", "lightning", "transformers", "peft", "tokenizers"):
+    for package in ("lightning", "transformers", "peft", "tokenizers"):
         assert versions[package] == importlib.metadata.version(package)
+    assert versions["torch"] == torch.__version__  # with the build
 
 
 def test_configurations_are_read_as_they_were_written_whatever_was_read_before(tmp_path):
