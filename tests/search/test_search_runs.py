@@ -270,12 +270,15 @@ def test_two_workers_and_a_trial_whose_process_is_killed(data, tmp_path):
     running = start(["search=mine.yaml", "folder=study", "workers=2"], tmp_path)
     # what the kernel does when memory runs out
     victim = tmp_path / "study" / "trials" / "loreft" / "1"
-    while not (victim / "log.txt").is_file():
+    found = []
+    while not found:  # its log exists a moment before its command line does
         assert running.poll() is None, running.communicate()[0]
         time.sleep(0.05)
-    processes = [p for p in Path("/proc").iterdir() if p.name.isdigit()]
-    (pid,) = [int(p.name) for p in processes if {"reft_lightning.search.trial", str(victim)} <= {*_words(p)}]
-    os.kill(pid, signal.SIGKILL)
+        processes = [p for p in Path("/proc").iterdir() if p.name.isdigit()]
+        found = [
+            int(p.name) for p in processes if {"reft_lightning.search.trial", str(victim)} <= {*_words(p)}
+        ]
+    os.kill(found[0], signal.SIGKILL)
     printed, _ = running.communicate()
     assert running.returncode == 0, printed
     summary = json.loads((tmp_path / "study" / "summary.json").read_text())
