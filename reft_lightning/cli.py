@@ -26,7 +26,7 @@ from .config import compose
 from .runs import sweep
 from .suggest import did_you_mean, names_of_a_stranger, no_such_folder
 from .terminal.bars import Bar
-from .terminal.log_lines import FirstProcess, LogHandler
+from .terminal.log_lines import LogHandler
 from .terminal.ranks import is_first_process, started_ranks
 
 log = logging.getLogger(__name__)
@@ -227,10 +227,9 @@ def _command(help_text: str) -> Callable[[Callable[[Sequence[str]], Any]], Calla
             if not argv or {"-h", "--help"} & set(argv):
                 (sys.stdout if argv else sys.stderr).write(help_text)
                 sys.exit(0 if argv else 2)
-            handler = LogHandler()
-            handler.addFilter(FirstProcess())
-            form = "%(levelname)s %(name)s: %(message)s"
-            logging.basicConfig(level=logging.INFO, format=form, handlers=[handler])
+            logging.basicConfig(
+                level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", handlers=[LogHandler()]
+            )
             try:
                 action(argv)
             except (ValueError, OSError) as error:

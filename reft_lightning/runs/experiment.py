@@ -37,7 +37,7 @@ from .console import print_table
 from .ddp_launch import leaving_no_ranks
 from .devices import check_accelerator
 from .environment import begin_peak_memory, environment, peak_memory_bytes, peak_reserved_bytes
-from .results import Results, read_results, write_predictions
+from .results import Results, has_scores, read_results, write_predictions
 from .run_folder import (
     begun,
     hold,
@@ -254,7 +254,7 @@ def _check_resume(config: Config, folder: Path) -> bool:
         )
     if last_checkpoint(folder).is_file():
         read_checkpoint(last_checkpoint(folder), config.trust_code)
-    return any(name.startswith("test/") for name in began.get("metrics", {}))
+    return has_scores(began, "test/")
 
 
 def _check_same_rows(folder: Path, versions: dict[str, Any]) -> None:

@@ -21,6 +21,11 @@ def read_results(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
+def has_scores(results: Mapping[str, Any], prefix: str) -> bool:
+    """Whether results contain a metric with this prefix, such as ``test/``."""
+    return any(name.startswith(prefix) for name in results.get("metrics", {}))
+
+
 class Results:
     """The contents of ``results.json`` in a run folder, kept on disk."""
 
@@ -50,7 +55,7 @@ class Results:
 
     def has(self, prefix: str) -> bool:
         """Whether there is a metric with this prefix."""
-        return any(name.startswith(prefix) for name in self.values["metrics"])
+        return has_scores(self.values, prefix)
 
     def update(self, **values: Any) -> None:
         """Set values, merging dictionaries, and write the file."""

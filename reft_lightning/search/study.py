@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from ..runs.results import read_results
+from ..runs.results import has_scores, read_results
 from ..runs.run_folder import last_checkpoint
 from ..storage.atomic import write_text
 from ..storage.reading import read_yaml
@@ -211,9 +211,8 @@ def winner_status(folder: Path, job: Mapping[str, Any]) -> str:
 
 def was_tested(folder: Path, job: Mapping[str, Any]) -> bool:
     """Return whether a winner's run was stopped after its test: it resumes without reading test rows again."""
-    tested = any(name.startswith("test/") for name in read_results(folder).get("metrics", {}))
     same = read_job(folder).get("overrides") == job["overrides"]
-    return tested and same and last_checkpoint(folder).is_file()
+    return has_scores(read_results(folder), "test/") and same and last_checkpoint(folder).is_file()
 
 
 def study_name(study: str, method: str) -> str:

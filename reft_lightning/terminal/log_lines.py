@@ -11,6 +11,8 @@ from .ranks import is_first_process
 class LogHandler(logging.StreamHandler):
     """Write log lines to the current standard output or error, which an open bar replaces to print above itself.
 
+    Of the processes of a run, only the first writes all lines; see :class:`FirstProcess`.
+
     Args:
         stream: ``stdout`` or ``stderr``.
     """
@@ -18,6 +20,7 @@ class LogHandler(logging.StreamHandler):
     def __init__(self, stream: str = "stderr") -> None:
         super().__init__()
         self.where = stream
+        self.addFilter(FirstProcess())
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line."""

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 
-from ...base_models.caches import CACHE, cache_in
+from ...base_models.caches import CACHE, cache_in, columns_in
 from ...base_models.decoders import is_decoder
 
 
@@ -76,7 +76,7 @@ class VirtualTokens:
         tokens = kwargs.get("input_ids")
         rows = len(tokens if tokens is not None else kwargs["inputs_embeds"])
         past = cache_in(kwargs)
-        first = past is None or past.get_seq_length() == 0
+        first = not columns_in(past)
         mask = kwargs.get("attention_mask")
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.ndim != 2:
