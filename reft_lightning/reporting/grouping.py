@@ -48,13 +48,7 @@ def used_split(run: Run, split: str | None) -> str | None:
 
 def _scores(run: Run, split: str, base: bool = False) -> dict[str, dict[str, float]]:
     """Return task -> measure -> value; with the loss if nothing was scored, if it was monitored, or if all is 0."""
-    scores: dict[str, dict[str, float]] = {}
-    metrics = run.metrics(split, base)
-    for name, value in metrics.items():
-        task, _, measure = name.rpartition("/")
-        if task:
-            scores.setdefault(task, {})[measure] = value
-    loss = metrics.get(LOSS)
+    scores, loss = run.scores(split, base), run.metrics(split, base).get(LOSS)
     if not scores and loss is not None:
         return {ALL: {LOSS: loss}}
     if len(scores) == 1 and loss is not None:

@@ -111,6 +111,15 @@ class Run:
             for name, value in self.results["metrics"].items() if name.startswith(prefix)
         }  # fmt: skip
 
+    def scores(self, split: str, base: bool = False) -> dict[str, dict[str, float]]:
+        """Return task -> measure -> value for a split (``test`` or ``validation``)."""
+        found: dict[str, dict[str, float]] = {}
+        for name, value in self.metrics(split, base).items():
+            task, _, measure = name.rpartition("/")
+            if task:
+                found.setdefault(task, {})[measure] = value
+        return found
+
     def task(self, name: str) -> Mapping[str, Any]:
         """Return what the run recorded about a task: the ``kind`` of its predictions, and the ``labels`` of classes."""
         return (self.results.get("tasks") or {}).get(name, {})

@@ -331,6 +331,13 @@ class TestFolders:
         ((run,), _, _) = read_runs([folder])
         assert dict(run.curve("train/loss"))[9] == 10  # the last part knows best
 
+    def test_a_run_gives_its_scores_by_task_and_measure_as_notebook_03_reads_them(self, tmp_path):
+        folder = write_run(tmp_path / "a", scores={"boolq": [1.0, 0.0]}, base={"boolq": [0.0, 0.0]})
+        ((run,), _, _) = read_runs([folder])
+        assert run.scores("test")["boolq"]["accuracy"] == 0.5
+        assert run.scores("test", base=True)["boolq"]["accuracy"] == 0
+        assert run.scores("validation") == {}
+
     def test_nothing_usable_says_what_a_run_folder_is(self, tmp_path):
         write_run(tmp_path / "stopped", status="stopped")
         with pytest.raises(
