@@ -34,7 +34,10 @@ class AdapterConfig(Protocol):
 
 @runtime_checkable
 class AdaptedModel(Protocol):
-    """A base model with an adapter, as a ``torch.nn.Module``: ReFT, a baseline, or both together."""
+    """A base model with an adapter, as a ``torch.nn.Module``: ReFT, a baseline, or both together.
+
+    It is for types: from Python 3.12 on, ``isinstance`` does not see ``base_model``, as it is a submodule.
+    """
 
     @property
     def base_model(self) -> PreTrainedModel:
@@ -104,8 +107,11 @@ class AdaptedModel(Protocol):
 
 
 @runtime_checkable
-class Steerable(AdaptedModel, Protocol):
-    """An adapted model whose edits can differ from pass to pass: ReFT, and ReFT together with a baseline."""
+class Steerable(Protocol):
+    """An :class:`AdaptedModel` whose edits can differ from pass to pass: ReFT, and ReFT together with a baseline.
+
+    It declares only methods, so ``isinstance`` works on every version of Python.
+    """
 
     def nulled(self) -> AbstractContextManager[None]:
         """Inside the block, remove from hidden states the components the edits would add."""

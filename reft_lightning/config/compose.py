@@ -48,6 +48,11 @@ from .overrides import key_of
 from .schema import AUTO, BOUNDS, CHOICES, REFUSED, Config
 from .user_paths import with_absolute_paths
 
+if sys.version_info >= (3, 14):
+    # argparse now checks every help text that is added, and Hydra 1.3 makes that of --shell-completion only when it is
+    # printed. Hydra 1.4 switches this check off, too.
+    argparse.ArgumentParser._check_help = lambda self, action: None  # pyright: ignore[reportAttributeAccessIssue]
+
 CONFIG_NAME = "config"
 VERSION_BASE = "1.3"
 HELP = """\
@@ -609,7 +614,7 @@ def _experiment_defaults(overrides: Sequence[str], vocabulary: Vocabulary) -> It
     """Yield (file, group, option) for each entry of the chosen experiment's defaults list."""
     for name in (o.partition("=")[2] for o in overrides if o.startswith("experiment=")):
         file = Path(vocabulary.file(f"experiment/{name}"))
-        content = yaml.safe_load(file.read_text()) if file.is_file() else None
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
         for entry in (content or {}).get("defaults", []):
             for key, option in entry.items() if isinstance(entry, dict) else ():
                 yield file, key.removeprefix("override ").lstrip("/"), str(option)

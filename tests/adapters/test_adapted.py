@@ -1,6 +1,7 @@
 """Laws of every adapted model: ReFT, each baseline, and both together. A new method is one more case."""
 
 import copy
+import inspect
 import warnings
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from adapted_models import EVERY, VIRTUAL, adapted, batch_of, logits_of
 
 from reft_lightning.adapters.adapt import build_on_meta
-from reft_lightning.adapters.adapted import AdaptedModel
+from reft_lightning.adapters.adapted import AdaptedModel, Steerable
 from reft_lightning.adapters.methods import METHODS
 from reft_lightning.adapters.saving import load_state
 from reft_lightning.base_models.reading import position_ids_of
@@ -168,10 +169,21 @@ def test_a_copy_runs_on_its_own(method):
 # --- parameters and files -----------------------------------------------------------------------------------------
 
 
+def test_only_models_with_edits_are_steerable_on_every_version_of_python():
+    """From Python 3.12 on, isinstance of a protocol looks members up as getattr_static does: in classes alone."""
+    reft, lora = adapted("llama", "loreft"), adapted("llama", "peft/lora")
+    assert isinstance(reft, Steerable)
+    assert not isinstance(lora, Steerable)
+    for name in (n for n in dir(Steerable) if not n.startswith("_")):
+        assert inspect.getattr_static(reft, name)
+
+
 @every(EVERY)
 def test_trained_parameters_have_one_role_each_and_are_counted_without_weights(family, method):
     model = adapted(family, method)
-    assert isinstance(model, AdaptedModel)
+    assert [
+        name for name in vars(AdaptedModel) if not name.startswith("_") and not hasattr(model, name)
+    ] == []
     assert model.config.method == method.split(" + ")[0]
     assert type(model.base_model) is type(tiny.original(family))
     roles = model.parameter_roles()

@@ -56,7 +56,10 @@ def test_only_a_job_that_starts_ranks_needs_a_process(monkeypatch, devices, node
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_to_stop_reaches_the_job_as_sigterm(number):
-    code = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); print(1, flush=True); time.sleep(60)"
+    code = (
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); print(1, flush=True)\n"
+        "for _ in range(1200): time.sleep(0.05)"  # Python may miss a signal just before a long sleep
+    )
     before = signal.signal(signal.SIGUSR2, lambda *_: None)  # as submitit's, which is called later
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     handler = signal.getsignal(number)

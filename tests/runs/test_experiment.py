@@ -370,7 +370,7 @@ def test_early_stopping_stops_early(data, worsen, tmp_path):
         ("+optimizer.options.eps=-1", r"optimizer: AdamW\(.*eps=-1\) failed: Invalid epsilon"),
         ("trainer.val_check_interval=7", "val_check_interval=7 is more than the 6 batches of an epoch"),
         ("model.config.hidden_size=33", r"hidden size \(33\) is not a multiple"),
-        ("model.config.num_attention_heads=0", "is not a valid model: integer division"),
+        ("model.config.num_attention_heads=0", "is not a valid model: .*division"),
         ("model.config.hidden_size=big", "expected int, got str"),
         ("model.config.model_type=lama", "no such architecture; did you mean 'llama'"),
         ("+model.config.num_hiden_layers=3", "no such setting; did you mean 'num_hidden_layers'"),
@@ -385,7 +385,7 @@ def test_early_stopping_stops_early(data, worsen, tmp_path):
         ("trainer.accelerator=abacus", "abacus"),
         ("trainer.precision=31", "31"),
         ("trainer.devices=nope", r"trainer: .*should be an int > 0"),
-        ("trainer.max_time={hour: 3}", "trainer: 'hour' is an invalid keyword"),
+        ("trainer.max_time={hour: 3}", r"trainer: .*'hour'"),
     ],
 )
 def test_what_cannot_work_is_refused_before_weights_are_loaded(data, no_weights, tmp_path, override, message):
