@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import partialmethod
 
+from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from ..terminal.bars import library_bars
 
+_PLAIN = tqdm.__init__
+
 
 def bars_of_transformers(wanted: bool = True) -> AbstractContextManager[None]:
     """Show transformers' progress bars inside the block if ours are shown; see :func:`library_bars`."""
-    return library_bars(
-        transformers_logging.is_progress_bar_enabled(),
-        transformers_logging.disable_progress_bar,
-        transformers_logging.enable_progress_bar,
-        wanted,
-    )
+    return library_bars(transformers_logging.is_progress_bar_enabled(), _hide, _show, wanted)
+
+
+def _hide() -> None:
+    transformers_logging.disable_progress_bar()
+    # GGUF files are read with a plain bar of tqdm
+    tqdm.__init__ = partialmethod(_PLAIN, disable=True)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _show() -> None:
+    transformers_logging.enable_progress_bar()
+    tqdm.__init__ = _PLAIN
