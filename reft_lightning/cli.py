@@ -7,6 +7,7 @@ Torch and transformers are imported only after the arguments have been checked, 
 from __future__ import annotations
 
 import gc
+import io
 import logging
 import os
 import re
@@ -172,12 +173,14 @@ def heavy_imports() -> Iterator[None]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Exit with status 130 and a short message on Ctrl-C; a run that has started has already logged more."""
+def _at_a_terminal() -> Iterator[None]:
+    """Print characters that the terminal's encoding lacks as question marks, and exit with status 130 on Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         yield
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+        sys.stderr.write("interrupted\n")  # a run that has started has already logged more
         sys.exit(130)
 
 
@@ -221,7 +224,7 @@ def _command(help_text: str) -> Callable[[Callable[[Sequence[str]], Any]], Calla
 
     def command_of(action: Callable[[Sequence[str]], Any]) -> Callable[[], Any]:
         @wraps(action)
-        @_interruptible()
+        @_at_a_terminal()
         def command() -> None:
             argv = sys.argv[1:]
             if not argv or {"-h", "--help"} & set(argv):
@@ -242,7 +245,7 @@ def _command(help_text: str) -> Callable[[Callable[[Sequence[str]], Any]], Calla
     return command_of
 
 
-@_interruptible()
+@_at_a_terminal()
 def train() -> Any:
     """Train, validate and test one configuration, or each one of a ``--multirun``.
 

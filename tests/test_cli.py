@@ -3,6 +3,7 @@
 import datetime
 import gc
 import importlib.util
+import io
 import json
 import logging
 import subprocess
@@ -749,6 +750,18 @@ def test_a_command_logs_in_the_first_process_only(monkeypatch, capsys, rank):
     said = capsys.readouterr().err
     assert ("begun" in said) == (rank == "0")
     assert "stopped" in said
+
+
+def test_characters_that_the_terminal_lacks_are_question_marks(monkeypatch):
+    @cli._command("usage: shows")
+    def shows(argv):
+        sys.stdout.write("Größe \ufffd\n")
+
+    output = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", output)
+    command(monkeypatch, shows, "resume=mine")
+    output.flush()
+    assert output.buffer.getvalue() == "Größe ?\n".encode("latin-1")
 
 
 @pytest.mark.parametrize("run", [cli.evaluate, cli.chat])

@@ -40,6 +40,11 @@ def test_the_first_process_of_a_run_logs_everything(logged, capfd):
     assert capfd.readouterr().out.count("INFO") == 2  # level and message
 
 
+def test_a_log_file_is_utf_8_in_every_locale(logged):
+    logged()
+    assert [h.encoding for h in logging.root.handlers if isinstance(h, logging.FileHandler)] == ["utf-8"]
+
+
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
 def test_other_processes_log_only_errors(logged, capfd, name):
     assert logged(**{name: "1"}) == ["ERROR"]
