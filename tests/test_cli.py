@@ -634,7 +634,7 @@ def test_a_sweep_ends_with_its_jobs_that_failed_and_the_command_of_its_report(mo
     assert said.splitlines()[-1] == found
     assert "no rows\n" in errors
     assert "Traceback" not in errors
-    assert errors.splitlines()[-2:] == ["1_seed=2: did not start", "2_seed=3: stopped: out of memory"]
+    assert errors.splitlines()[-2:] == ["1_seed=2: ended without results", "2_seed=3: stopped: out of memory"]
 
 
 def test_one_job_is_said_in_the_singular(tmp_path, capsys):

@@ -47,7 +47,7 @@ def say_what_came_out(folder: Path) -> None:
     missing = {job: values for job, values in found.items() if values.get("status") != "complete"}
     for job, values in missing.items():
         sys.stderr.write(
-            f"{job.name}: {values.get('status', 'did not start')}"
+            f"{job.name}: {values.get('status', 'ended without results')}"
             f"{': ' if 'error' in values else ''}{values.get('error', '')}\n"
         )
     if complete := len(jobs) - len(missing):
