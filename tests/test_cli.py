@@ -662,7 +662,7 @@ def test_a_launcher_without_its_plugin_names_what_to_install(refuse):
     if importlib.util.find_spec("hydra_plugins.hydra_ray_launcher"):
         pytest.skip("the plugin for Ray is installed")
     assert refuse("model=tiny_random", "launcher=ray") == (
-        "launcher=ray needs a Hydra plugin: pip install hydra-ray-launcher\n"
+        "launcher=ray needs a Hydra plugin: pip install 'ray[default]' && pip install --no-deps hydra-ray-launcher\n"
     )
     assert "did you mean 'launcher=joblib'" in refuse("model=tiny_random", "launcher=jolib")
 

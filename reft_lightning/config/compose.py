@@ -599,7 +599,9 @@ def _missing_file(name: str, overrides: Sequence[str], vocabulary: Vocabulary) -
     """Explain a missing YAML file, naming the file whose defaults list asks for it."""
     parts = name.split("/")
     if parts[:2] == ["hydra", "launcher"]:  # of conf/launcher
-        needed = "hydra-ray-launcher" if parts[-1] == "ray" else "'reft_lightning[cluster]'"
+        # the plugin for Ray asks for a cloudpickle that is too old for joblib
+        ray = "'ray[default]' && pip install --no-deps hydra-ray-launcher"
+        needed = ray if parts[-1] == "ray" else "'reft_lightning[cluster]'"
         return f"launcher={parts[-1]} needs a Hydra plugin: pip install {needed}"
     for depth in range(len(parts) - 1, 0, -1):
         group, option = "/".join(parts[:depth]), "/".join(parts[depth:])
