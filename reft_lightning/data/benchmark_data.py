@@ -8,6 +8,7 @@ rows across ranks.
 from __future__ import annotations
 
 import logging
+import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -291,8 +292,8 @@ class BenchmarkData(LightningDataModule, ABC):
             overfit=bool(self.trainer and getattr(self.trainer, "overfit_batches", 0)),
         )
         return TrainLoader(
-            rows, batch_sampler=batches, collate_fn=self._collator(training=True),
-            num_workers=self.num_workers, pin_memory=torch.cuda.is_available(),
+            rows, batch_sampler=batches, collate_fn=self._collator(training=True), **self._workers(),
+            pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
 
     def val_dataloader(self) -> list[DataLoader]:
@@ -318,10 +319,15 @@ class BenchmarkData(LightningDataModule, ABC):
         return [
             DataLoader(
                 rows, batch_sampler=self._evaluation_batches(evaluation_share(rows.lengths, rank, world_size)),
-                collate_fn=partial(_with_examples, rows.examples, collate), num_workers=self.num_workers,
+                collate_fn=partial(_with_examples, rows.examples, collate), **self._workers(),
             )
             for rows in sets.values()
         ]  # fmt: skip
+
+    def _workers(self) -> dict[str, Any]:
+        """Return a loader's settings of worker processes; a fork takes milliseconds, Python 3.14's default seconds."""
+        forks = self.num_workers > 0 and sys.platform == "linux"
+        return {"num_workers": self.num_workers, "multiprocessing_context": "fork" if forks else None}
 
     def _evaluation_batches(self, share: Sequence[int]) -> list[list[int]]:
         """Batch the rows of this rank; given a sampler, Lightning would silently split the rows across ranks again."""

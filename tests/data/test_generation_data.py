@@ -3,7 +3,9 @@
 import itertools
 import json
 import logging
+import multiprocessing
 import random
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -483,6 +485,15 @@ class TestResume:
         seen, model = resumed(tmp_path, step, *data)
         assert seen == whole.seen
         assert torch.equal(model.weight, whole.weight)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes are not forked")
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_workers_are_forked_on_every_version_of_python(self, workers):
+        """A fork takes milliseconds; Python 3.14's default starts another Python for each worker of each loader."""
+        data = make(**self.rows, num_workers=workers)
+        loaders = [data.train_dataloader(), *data.val_dataloader()]
+        found = {(loader.num_workers, loader.multiprocessing_context) for loader in loaders}
+        assert found == {(workers, multiprocessing.get_context("fork") if workers else None)}
 
     @pytest.mark.parametrize("step", [5, 6])
     def test_after_an_epoch_that_was_cut_short_comes_the_next(self, tmp_path, step):

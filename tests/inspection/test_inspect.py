@@ -67,7 +67,7 @@ def degrees(by_layer, what="angle"):
 
 @pytest.fixture(scope="module")
 def found(folder, data, text):
-    other = ["data=commonsense", "data.source=local", f"data.path={data}", "data.tasks=[piqa]"]
+    other = ["data=commonsense", "data.source=local", f"data.path='{data}'", "data.tasks=[piqa]"]
     return inspect(folder, text=text, forget=[*other, "data.validation_size=4"])
 
 
@@ -258,7 +258,7 @@ def test_a_classifier_has_everything_but_what_reads_on(tmp_path):
     rows = Path(__file__).parents[1] / "fixtures" / "glue"
     settings = [
         "model=tiny_random", "model.config.model_type=bert", "+model.config.initializer_range=0.4", "data=glue_stsb",
-        "intervention.positions=f3", "intervention.rank=1", "data.source=local", f"data.path={rows}",
+        "intervention.positions=f3", "intervention.rank=1", "data.source=local", f"data.path='{rows}'",
         "data.batch_size=4", "trainer.accelerator=cpu", "trainer.max_epochs=1", "trainer.enable_progress_bar=false",
         "test=false",
     ]  # fmt: skip

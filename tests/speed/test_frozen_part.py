@@ -480,7 +480,7 @@ def test_a_classifier_keeps_what_lies_below_its_head_or_its_lowest_site(tmp_path
     rows = Path(__file__).parents[1] / "fixtures" / "glue"
     settings = [
         "model=tiny_random", "model.config.model_type=bert", "model.config.num_hidden_layers=2", "data=glue_rte",
-        "data.source=local", f"data.path={rows}", "data.batch_size=4", "intervention.positions=f3",
+        "data.source=local", f"data.path='{rows}'", "data.batch_size=4", "intervention.positions=f3",
         "intervention.rank=1", "trainer.accelerator=cpu", "trainer.max_epochs=2", "trainer.log_every_n_steps=1",
         "trainer.enable_progress_bar=false", "test=false", *overrides,
     ]  # fmt: skip

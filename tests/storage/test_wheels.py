@@ -1,10 +1,13 @@
 """Sources of models and rows: hub, folder, wheel. The wheels are made by the tests; nothing is downloaded."""
 
+import errno
 import gzip
 import hashlib
 import json
+import os
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -55,6 +58,43 @@ class TestWheels:
         assert sources.cache_folder() == cache
         monkeypatch.delenv("REFT_CACHE")
         assert sources.cache_folder() == Path.home() / ".cache" / "reft_lightning"
+
+    def test_a_user_without_a_home_folder_is_told_to_choose_one(self, monkeypatch):
+        monkeypatch.delenv("REFT_CACHE", raising=False)
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)  # has no entry in the list of users
+        with pytest.raises(ValueError, match=r"no home folder: set \$REFT_CACHE to a folder"):
+            sources.cache_folder()
+
+    @pytest.mark.parametrize("what", ["toy-rows==1.0", "a model"])
+    def test_a_cache_that_cannot_be_written_says_which_setting_chooses_another(
+        self, cache, monkeypatch, what
+    ):
+        wheel, digest = put_wheel(
+            cache / "wheels", members={"m/config.json": "{}", "m/model.safetensors": ""}
+        )
+
+        def refuse(path, **_):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+        if what == "a model":
+            monkeypatch.setattr(Path, "mkdir", refuse)
+            read = ModelPlace("wheel", package="toy-rows==1.0", sha256=digest).folder
+        else:
+            wheel.unlink()
+            monkeypatch.setattr(Path, "mkdir", refuse)
+            read = partial(wheel_file, what, digest)
+        with pytest.raises(
+            PermissionError, match=rf"Permission denied: {cache}/\w+; set \$REFT_CACHE to a folder"
+        ):
+            read()
+
+    def test_an_environment_without_pip_is_told_to_install_it(self, cache, monkeypatch):
+        monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(
+            ConnectionError, match=r"needs pip, .*`uv pip install pip`, or put the .whl file into"
+        ):
+            wheel_file("toy-rows==1.0", "0" * 64)
 
     def test_a_wheel_is_downloaded_once_by_the_running_interpreters_pip(self, cache, tmp_path, monkeypatch):
         wheel, digest = put_wheel(tmp_path / "index")

@@ -61,7 +61,7 @@ BERT = [
     "intervention.positions=f3", "intervention.rank=1",
 ]  # fmt: skip
 SHORT = [
-    "data.source=local", f"data.path={FIXTURES}", "data.batch_size=4", "data.eval_batch_size=4",
+    "data.source=local", f"data.path='{FIXTURES}'", "data.batch_size=4", "data.eval_batch_size=4",
     "trainer.accelerator=cpu", "trainer.max_epochs=2", "trainer.log_every_n_steps=1",
     "trainer.enable_progress_bar=false", "optimizer.lr=1e-2", "checkpoint.restore_best=true",
 ]  # fmt: skip

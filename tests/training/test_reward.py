@@ -115,7 +115,7 @@ def rows(tmp_path_factory):
 
 def arguments(rows, *overrides):
     return [
-        "model=tiny_random", "data=custom", f"data.path={rows}", "data.prompt=question", "data.target=good",
+        "model=tiny_random", "data=custom", f"data.path='{rows}'", "data.prompt=question", "data.target=good",
         "data.options=[good,bad]", "data.validation_size=4", "data.batch_size=4", "objective=reward",
         "intervention.rank=2", "intervention.positions=f1+l1", "trainer.accelerator=cpu", "trainer.max_epochs=4",
         "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false", "optimizer.lr=2e-2", *overrides,
@@ -148,7 +148,7 @@ def test_published_preference_pairs_are_pairs(tmp_path, objective):
     """Rows as in UltraFeedback; only a reward model ranks their answers."""
     place = Path(__file__).parents[1] / "fixtures" / "instruction"
     overrides = [
-        "model=tiny_random", "data=ultrafeedback", "data.source=local", f"data.path={place}",
+        "model=tiny_random", "data=ultrafeedback", "data.source=local", f"data.path='{place}'",
         "data.train_tasks=null", "data.tasks=[ultrafeedback_binarized]", "data.validation_size=2",
         "data.max_length=160", f"objective={objective}", "intervention=bias",
         "trainer.accelerator=cpu", "trainer.max_epochs=1", "trainer.enable_progress_bar=false",

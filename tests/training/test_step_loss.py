@@ -37,7 +37,7 @@ def rows(tmp_path_factory):
 
 def build(rows, *overrides, method=("intervention.rank=2", "intervention.positions=l2")):
     return build_double(
-        "data=custom", f"data.path={rows}", "data.prompt=question", "data.target=reply", "data.validation_size=0",
+        "data=custom", f"data.path='{rows}'", "data.prompt=question", "data.target=reply", "data.validation_size=0",
         *method, *overrides,
     )  # fmt: skip
 
@@ -147,7 +147,7 @@ def test_every_way_through_the_model_gives_the_gradient_of_one_batch(rows, metho
 def test_each_row_of_a_classifier_counts_the_same():
     objects = build_double(
         "model.config.model_type=bert", "+model.config.initializer_range=0.4", "data=glue_rte", "data.source=local",
-        f"data.path={FIXTURES}", "intervention.positions=f3", "intervention.rank=1", "data.batch_size=3",
+        f"data.path='{FIXTURES}'", "intervention.positions=f3", "intervention.rank=1", "data.batch_size=3",
     )  # fmt: skip
     steps = fit(objects, accumulate_grad_batches=2, limit_train_batches=5)
     assert_each_step_is_that_of_one_batch(objects, steps, [6, 6, 3])

@@ -184,7 +184,7 @@ def test_rows_of_one_source_are_set_next_to_each_other_in_their_order():
 def test_where_texts_are_free_every_row_has_its_loss_and_the_table_shows_those_that_are_generated(tmp_path):
     place = Path(__file__).parents[1] / "fixtures" / "instruction"
     overrides = [
-        "model=tiny_random", "data=ultrafeedback", "data.source=local", f"data.path={place}",
+        "model=tiny_random", "data=ultrafeedback", "data.source=local", f"data.path='{place}'",
         "data.train_tasks=null", "data.tasks=[ultrafeedback_binarized]", "data.validation_size=2",
         "data.max_length=160", "data.eval_batch_size=1", "intervention=bias", "trainer.accelerator=cpu",
         "trainer.max_epochs=1", "trainer.enable_progress_bar=false", "decoding.max_new_tokens=2", "logger=wandb",

@@ -271,7 +271,7 @@ def test_a_classifier_is_trained_with_its_head(method, root, tmp_path):
     config = compose.compose(
         [
             "model=tiny_random", "model.config.model_type=bert", "data=glue_rte", f"intervention={method}",
-            "data.source=local", f"data.path={root / 'tests/fixtures/glue'}", "data.batch_size=4",
+            "data.source=local", f"data.path='{root / 'tests/fixtures/glue'}'", "data.batch_size=4",
             "trainer.accelerator=cpu", "trainer.max_epochs=1", "trainer.enable_progress_bar=false",
         ]
     )  # fmt: skip

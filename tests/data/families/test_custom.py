@@ -590,7 +590,7 @@ class TestDataModule:
 
 
 def test_a_run_on_ten_rows_reports_what_it_held_out(tmp_path):
-    settings = ["model=tiny_random", "data=custom", f"data.path={FIXTURES / 'rows.csv'}", "data.target=topic",
+    settings = ["model=tiny_random", "data=custom", f"data.path='{FIXTURES / 'rows.csv'}'", "data.target=topic",
                 'data.prompt="{question} Say:"', "data.options=topics", "intervention.positions=l1",
                 "intervention.rank=2", "trainer.accelerator=cpu", "trainer.max_epochs=1", "trainer.log_every_n_steps=1",
                 "trainer.enable_progress_bar=false", "decoding.max_new_tokens=3"]  # fmt: skip
