@@ -7,6 +7,7 @@ if [ "$2" = stop ]; then
     for file in "$folder"/*.pid; do
         kill "$(cat "$file")" || true
     done
+    runuser -u munge -- /usr/sbin/munged --stop
     sed "/# local_slurm$/d" /etc/hosts > "$folder/hosts"
     cat "$folder/hosts" > /etc/hosts
     exit
