@@ -257,6 +257,7 @@ def train() -> Any:
     _import_from_here()  # intervention.method=my_module.RED finds my_module.py here
     sys.argv[1:] = compose.flags_first(sys.argv[1:])
     asked = compose.preflight(sys.argv[1:])
+    _check_named(asked)
     _check_folder(asked)
     if asked.resumes:
         _find_unfinished(asked)
@@ -274,6 +275,16 @@ def train() -> Any:
     finally:
         if asked.sweep and is_first_process() and (folder := compose.sweep_folder(asked)):
             sweep.say_what_came_out(folder)
+
+
+def _check_named(asked: compose.Asked) -> None:
+    """Refuse several ranks without a folder that the user names: each would name its own after the time."""
+    if asked.runs and asked.folder is None and (ranks := started_ranks()) > 1:
+        key = f"hydra.{'sweep' if asked.sweep else 'run'}.dir"
+        sys.stderr.write(
+            f"srun or torchrun started {ranks} processes, which must write into the same folder: add {key}=FOLDER\n"
+        )
+        sys.exit(2)
 
 
 def _check_folder(asked: compose.Asked) -> None:
@@ -297,16 +308,15 @@ def _check_folder(asked: compose.Asked) -> None:
 def _find_unfinished(asked: compose.Asked) -> None:
     """Let Hydra write into the folder of the run that ``resume=auto`` continues.
 
-    A sweep finds its jobs, and the ranks of a cluster find each other, only in a folder that the user names.
+    A sweep finds its jobs only in a folder that the user names.
     """
     from .runs.run_folder import find_unfinished
 
     if asked.folder is not None:
         return
-    if asked.sweep or started_ranks() > 1:
-        name, who = ("sweep", "a sweep") if asked.sweep else ("run", "a run of several ranks")
+    if asked.sweep:
         sys.stderr.write(
-            f"resume=auto: {who} resumes only in a folder that you name: add hydra.{name}.dir=FOLDER\n"
+            "resume=auto: a sweep resumes only in a folder that you name: add hydra.sweep.dir=FOLDER\n"
         )
         sys.exit(2)
     if found := find_unfinished(asked.parent, next(iter(asked.runs.values()))):

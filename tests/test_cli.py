@@ -483,12 +483,21 @@ def test_runs_of_one_second_have_folders_of_their_own(monkeypatch, runs, sweep):
     assert all((folder / ("multirun.yaml" if sweep else ".hydra")).exists() for folder in folders)
 
 
-def test_ranks_that_a_cluster_starts_share_the_folder_of_the_first(monkeypatch, runs):
-    monkeypatch.setattr(hydra.core.utils, "datetime", Frozen)
-    for rank in ("0", "1"):
-        monkeypatch.setenv("SLURM_PROCID", rank)
-        command(monkeypatch, cli.train, "model=tiny_random")
-    assert len({run_dir for _, run_dir in runs}) == 1
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}])
+@pytest.mark.parametrize(
+    ("argv", "key"), [([], "run"), (["resume=auto"], "run"), (["-m", "seed=1,2"], "sweep")]
+)
+def test_ranks_that_a_cluster_starts_need_a_folder(monkeypatch, runs, capsys, variables, argv, key):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as left:
+        command(monkeypatch, cli.train, "model=tiny_random", *argv)
+    assert left.value.code == 2
+    assert f"add hydra.{key}.dir=FOLDER" in capsys.readouterr().err
+    assert not Path("outputs").exists()
+    for _ in range(2):
+        command(monkeypatch, cli.train, "model=tiny_random", *argv, f"hydra.{key}.dir=mine")
+    assert {run_dir.parts[len(Path.cwd().parts)] for _, run_dir in runs} == {"mine"}
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ from .run_folder import (
     write_run_config,
 )
 from .stopping import check_told_to_stop, signal_of, trouble_of, until_sigterm
-from .trainer import build_trainer, log_settings, quiet_lightning
+from .trainer import build_trainer, check_ranks, log_settings, quiet_lightning
 from .wandb_names import logs_adapter
 
 if TYPE_CHECKING:
@@ -192,6 +192,7 @@ def _set_up(
         config, folder, plan.monitor, random_state, [*([lane] if lane else []), *callbacks],
         validated=bool(plan.data.val_tasks),
     )  # fmt: skip
+    check_ranks(trainer)
     check_precision(trainer.precision_plugin)
     check_strategy(config, trainer)
     if trainer.is_global_zero and not config.resume:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..config.schema import CheckpointConfig, Config
 from ..suggest import trusted
-from ..terminal.ranks import in_srun
+from ..terminal.ranks import srun_tasks
 from ..training.best_checkpoint import BestCheckpoint
 from ..training.checkpoint_files import WholeCheckpoints
 from ..training.last_checkpoint import LastCheckpoint
@@ -104,24 +104,57 @@ def build_trainer(
 def cluster_environment(num_nodes: int) -> ClusterEnvironment | None:
     """Return what tells the ranks of a SLURM job from each other; None where Lightning finds the right one.
 
-    Lightning takes every process within a job for one that srun started, and waits for the others. Here a command that
-    runs without srun starts its ranks itself, as outside SLURM.
+    Lightning takes every process within a job for one that srun started, and waits for the others, except in a job
+    named bash or interactive, where it waits for none. Here a command that srun starts once, or not at all, starts its
+    ranks itself, as outside SLURM, whatever the job's name.
 
     Raises:
         ValueError: if it cannot, or for the wrong arguments of srun.
     """
     if "SLURM_NTASKS" not in os.environ or TorchElasticEnvironment.detect():
         return None
-    if in_srun():
-        try:  # the launcher decides about requeuing; None in an interactive job
-            return SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else None
-        except RuntimeError as error:  # Lightning needs --ntasks-per-node
-            raise ValueError(str(error)) from error
+    if srun_tasks() > 1:
+        if "SLURM_NTASKS_PER_NODE" not in os.environ:  # Lightning needs it
+            raise ValueError(
+                f"srun started {srun_tasks()} processes without --ntasks-per-node: replace --ntasks (-n) by "
+                "--ntasks-per-node=N, with N the value of trainer.devices"
+            )
+        return SLURMEnvironment(auto_requeue=False)  # the launcher decides about requeuing
     if num_nodes > 1:
         raise ValueError(
-            f"trainer.num_nodes={num_nodes} in a SLURM job: put srun before the command, to start it on every node"
+            f"trainer.num_nodes={num_nodes} in a SLURM job: start the command with srun --nodes={num_nodes} "
+            "--ntasks-per-node=N, with N the value of trainer.devices"
         )
     return LightningEnvironment()
+
+
+def check_ranks(trainer: Trainer) -> None:
+    """Refuse a run for which srun or torchrun started another number of processes than it uses.
+
+    Lightning compares them when it starts training, and not at all in a run of one device.
+    """
+    if TorchElasticEnvironment.detect():
+        started, each = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        who, again = "torchrun", "--nnodes={} --nproc-per-node={}"
+        nodes = started // each
+    elif srun_tasks() > 1:
+        started, nodes = srun_tasks(), int(os.environ["SLURM_NNODES"])
+        who, again = "srun", "--nodes={} --ntasks-per-node={}"
+    else:
+        return
+    used, devices = trainer.num_nodes, trainer.num_devices
+    if (nodes, started) == (used, used * devices):
+        return
+    even = (
+        f", or set trainer.num_nodes={nodes} trainer.devices={started // nodes}"
+        if started % nodes == 0
+        else ""
+    )
+    raise ValueError(
+        f"{who} started {started} process{'es' if started > 1 else ''} on {nodes} node{'s' if nodes > 1 else ''}, but "
+        f"trainer.num_nodes={used} and trainer.devices={devices} need {used * devices}, {devices} on each node: start "
+        f"the command with {who} {again.format(used, devices)}{even}"
+    )
 
 
 def build_callbacks(
@@ -242,6 +275,10 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
     # an edited block returns a view; no transformers model modifies a block's output in place
     warnings.filterwarnings("ignore", ".*FSDP2-wrapped module .* returned a view tensor", UserWarning)
+    # cluster_environment decides about srun
+    warnings.filterwarnings(
+        "ignore", "The `srun` command is available on your system but is not used", UserWarning
+    )
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for asked_for in ("profilers", "callbacks"):  # reports, summaries, and what `verbose` adds
         logging.getLogger(f"lightning.pytorch.{asked_for}").setLevel(logging.INFO)

@@ -15,6 +15,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..terminal.ranks import single_process
+
 LAST_LINES = 20  # number of log lines kept with a failed trial
 
 
@@ -65,7 +67,7 @@ def start(
         return subprocess.Popen(
             # -P: the directory where a study starts its runs may contain someone else's modules
             [sys.executable, "-P", "-m", *arguments], stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
-            env={**os.environ, **(environment or {})}, cwd=directory,
+            env={**single_process(os.environ), **(environment or {})}, cwd=directory,
             pass_fds=() if lock is None or lock.descriptor is None else (lock.descriptor,),
             start_new_session=True,  # Ctrl-C reaches the command, which ends the others
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # environment variables with the rank of a process
 SHELL = "4294967290"  # the step of a shell that salloc opens on a node: a single process, whatever the job's tasks
@@ -18,7 +19,16 @@ def in_srun() -> bool:
     return os.environ.get("SLURM_STEP_ID", SHELL) != SHELL
 
 
+def srun_tasks() -> int:
+    """Return the number of processes that srun started for this command; 1 without srun."""
+    return int(os.environ.get("SLURM_NTASKS", "1")) if in_srun() else 1
+
+
+def single_process(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without what tells the processes that srun started from each other."""
+    return {k: v for k, v in environment.items() if k not in ("SLURM_STEP_ID", "SLURM_PROCID")}
+
+
 def started_ranks() -> int:
     """Return the number of processes that torchrun or srun started for this command."""
-    tasks = os.environ.get("SLURM_NTASKS") if in_srun() else None
-    return int(os.environ.get("WORLD_SIZE") or tasks or 1)
+    return int(os.environ.get("WORLD_SIZE") or srun_tasks())

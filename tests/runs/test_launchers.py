@@ -23,6 +23,7 @@ from reft_lightning.runs.sweep import Job
 from reft_lightning.runs.trainer import build_trainer
 
 LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm", "ray")
+SRUN = ("srun", "--nodes=2", "--ntasks-per-node=1")
 
 
 def needs(launcher):
@@ -32,13 +33,15 @@ def needs(launcher):
         pytest.skip("no SLURM here: sbatch is not found")
 
 
+def variables(root):
+    kept = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES} | {"OMP_NUM_THREADS": "1"}
+    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))}
+
+
 def start(data, root, folder, *overrides):
-    environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "reft_lightning.cli", "-m", *short_runs.arguments(data), *overrides]
     return subprocess.Popen(
-        [*command, f"hydra.sweep.dir={folder.name}"], cwd=folder.parent, env=environment, text=True,
+        [*command, f"hydra.sweep.dir={folder.name}"], cwd=folder.parent, env=variables(root), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -106,26 +109,75 @@ def environment(data, folder, *overrides):
     return trainer._accelerator_connector.cluster_environment
 
 
-def test_a_run_that_srun_started_leaves_requeuing_to_its_launcher(data, slurm, tmp_path):
-    slurm(NTASKS_PER_NODE="1", STEP_ID="0")
-    found = environment(data, tmp_path)
+@pytest.mark.parametrize("name", ["job.sh", "interactive", "bash"])  # salloc names its job interactive
+def test_ranks_that_srun_started_wait_for_each_other_whatever_their_job_is_called(
+    data, slurm, tmp_path, name
+):
+    slurm(NTASKS="2", NNODES="2", NTASKS_PER_NODE="1", STEP_ID="0", JOB_NAME=name)
+    found = environment(data, tmp_path, "trainer.num_nodes=2", "trainer.devices=1", "trainer.strategy=ddp")
     assert isinstance(found, SLURMEnvironment)
-    assert not found.auto_requeue
+    assert found.world_size() == 2
+    assert not found.auto_requeue  # its launcher decides
 
 
-def test_a_run_in_a_batch_script_without_srun_starts_its_ranks_itself(data, slurm, tmp_path):
-    slurm(NTASKS="2")  # Lightning would wait for the second task forever
+@pytest.mark.parametrize("job", [{"NTASKS": "2"}, {"STEP_ID": "0"}], ids=["without srun", "one task"])
+def test_a_run_that_srun_did_not_start_for_each_rank_starts_them_itself(data, slurm, tmp_path, job):
+    slurm(**job)  # Lightning would wait for the second task forever, or train without it
     assert not environment(
         data, tmp_path, "trainer.devices=2", "trainer.strategy=ddp"
     ).creates_processes_externally
-    with pytest.raises(ValueError, match=r"num_nodes=2 in a SLURM job: put srun before the command"):
+    with pytest.raises(
+        ValueError, match=r"num_nodes=2 in a SLURM job: .* srun --nodes=2 --ntasks-per-node=N"
+    ):
         environment(data, tmp_path, "trainer.num_nodes=2", "trainer.devices=1", "trainer.strategy=ddp")
 
 
 def test_tasks_that_are_not_counted_by_node_are_refused(data, slurm, tmp_path):
     slurm(NTASKS="2", STEP_ID="0")
-    with pytest.raises(ValueError, match="--ntasks-per-node=2"):
+    with pytest.raises(ValueError, match="srun started 2 processes without --ntasks-per-node"):
         environment(data, tmp_path, "trainer.devices=2", "trainer.strategy=ddp")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "nodes", "overrides", "fitting"),
+    [
+        (2, 2, [], "--nodes=1 --ntasks-per-node=1, or set trainer.num_nodes=2 trainer.devices=1"),
+        (
+            2,
+            1,
+            ["trainer.num_nodes=2"],
+            "--nodes=2 --ntasks-per-node=1, or set trainer.num_nodes=1 trainer.devices=2",
+        ),
+        (
+            2,
+            2,
+            ["trainer.devices=2"],
+            "--nodes=1 --ntasks-per-node=2, or set trainer.num_nodes=2 trainer.devices=1",
+        ),
+        (3, 2, ["trainer.devices=2", "trainer.num_nodes=2"], "--nodes=2 --ntasks-per-node=2"),
+    ],
+)
+def test_another_number_of_processes_than_the_run_uses_is_refused_before_weights_are_loaded(
+    data, slurm, tmp_path, tasks, nodes, overrides, fitting
+):
+    slurm(NTASKS=str(tasks), NNODES=str(nodes), NTASKS_PER_NODE="1", STEP_ID="0")
+    strategy = ["trainer.strategy=ddp"] if overrides else []  # without, each process would train on its own
+    settings = ["trainer.devices=1", *overrides, *strategy]
+    with pytest.raises(ValueError, match=f"srun started {tasks} processes on {nodes} node") as refused:
+        short_runs.run(data, tmp_path / "run", *settings)
+    assert str(refused.value).endswith(f"start the command with srun {fitting}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_number_of_processes_of_torchrun_than_the_run_uses_is_refused(data, monkeypatch, tmp_path):
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**ranks, "TORCHELASTIC_RUN_ID": "run"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ValueError, match=r"torchrun started 4 .* on 2 nodes, .* --nnodes=1 --nproc-per-node=1, or"
+    ):
+        short_runs.run(data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_ranks_of_torchrun_within_a_slurm_job_stay_those_of_torchrun(data, slurm, monkeypatch, tmp_path):
@@ -218,3 +270,72 @@ def signal_job(launcher, folder):
         if f"hydra.run.dir='{folder}'" in words:
             parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
             os.kill(int(parent), signal.SIGUSR2)
+
+
+@pytest.fixture
+def on_two_nodes(data, root, tmp_path):
+    """A function that runs a command of SLURM before ``reft-train`` with two ranks, of which each node has one."""
+    known = ["sinfo", "-h", "-N", "-o", "%N"]
+    listed = subprocess.run(known, capture_output=True, text=True).stdout if shutil.which("sinfo") else ""
+    if len(listed.split()) < 2:
+        pytest.skip("no SLURM with two nodes here: experiments/cluster/local_slurm.sh FOLDER start 2")
+    train = [sys.executable, "-m", "reft_lightning.cli", *short_runs.arguments(data), "trainer.strategy=ddp"]
+
+    def run(before, *overrides):
+        return subprocess.run(
+            [*before, *train, *overrides],
+            cwd=tmp_path,
+            env=variables(root),
+            text=True,
+            capture_output=True,
+            timeout=300,
+        )
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_two_nodes_train_as_two_ranks_of_one_machine_do(on_two_nodes, tmp_path):
+    apart = ("trainer.num_nodes=2", "trainer.devices=1")
+    for name in ("job", "interactive"):
+        ran = on_two_nodes([*SRUN, f"--job-name={name}"], *apart, f"hydra.run.dir={name}")
+        assert ran.returncode == 0, ran.stderr[-3000:]
+    ran = on_two_nodes([], "trainer.devices=2", "hydra.run.dir=machine")
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    for name in (
+        "adapter/reft.safetensors",
+        "predictions/reft_test.jsonl",
+        "predictions/reft_validation.jsonl",
+    ):
+        same = {(tmp_path / folder / name).read_bytes() for folder in ("machine", "job", "interactive")}
+        assert len(same) == 1, name
+    assert len((tmp_path / "job" / "reft-train.log").read_text().splitlines()) == 7  # of one writer
+    refused = on_two_nodes(SRUN, "trainer.devices=1", "hydra.run.dir=alone")
+    assert refused.returncode == 2
+    assert "or set trainer.num_nodes=2 trainer.devices=1" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_over_two_nodes_that_is_queued_again_goes_on(on_two_nodes, tmp_path):
+    long = ("trainer.num_nodes=2", "trainer.devices=1", "trainer.max_epochs=60", "test=false")
+    ran = on_two_nodes(SRUN, *long, "hydra.run.dir=whole")
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    script = tmp_path / "job.sh"
+    script.write_text('#!/bin/bash\nsrun "$@"\n')
+    batch = ["sbatch", "--parsable", "--requeue", *SRUN[1:], str(script)]
+    job = on_two_nodes(batch, *long, "resume=auto", "hydra.run.dir=parts").stdout.strip()
+    while not (tmp_path / "parts" / "checkpoints" / "last.ckpt").is_file():
+        time.sleep(0.1)
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    while subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True).stdout.strip():
+        time.sleep(1)
+    assert (short_runs.results(tmp_path / "parts")["status"], len(list(tmp_path.glob("parts/csv*")))) == (
+        "complete",
+        2,
+    )
+    whole, parts = (
+        (tmp_path / name / "adapter" / "reft.safetensors").read_bytes() for name in ("whole", "parts")
+    )
+    assert whole == parts

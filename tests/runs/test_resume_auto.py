@@ -93,15 +93,6 @@ def test_a_sweep_runs_its_missing_jobs_only(train, tmp_path, monkeypatch, capsys
     assert "add hydra.sweep.dir=FOLDER" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}])
-def test_ranks_that_a_cluster_starts_need_a_folder(train, monkeypatch, capsys, variables):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit):
-        train()
-    assert "add hydra.run.dir=FOLDER" in capsys.readouterr().err
-
-
 HOLD = """
 import sys
 from reft_lightning.storage.atomic import hold_folder

@@ -36,6 +36,20 @@ def test_a_trial_dies_with_its_worker_and_holds_the_lock_until_then(tmp_path):
     assert process.failure(running.returncode, output) == "killed by SIGKILL (out of memory?)\nbegan"
 
 
+def test_a_worker_that_srun_started_several_times_runs_its_trials_alone(tmp_path, monkeypatch):
+    (tmp_path / "ranks.py").write_text(
+        "from reft_lightning.terminal.ranks import is_first_process, started_ranks\n"
+        "print(started_ranks(), is_first_process())\n"
+    )
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    found = {"PYTHONPATH": os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))}
+    running = process.start(["ranks"], tmp_path / "log.txt", directory=tmp_path, environment=found)
+    assert running.wait(60) == 0
+    running.stdin.close()
+    assert (tmp_path / "log.txt").read_text() == "1 True\n"
+
+
 def test_how_a_process_ended_and_the_end_of_its_log_are_kept(tmp_path):
     (tmp_path / "log").write_text("\n".join(map(str, range(50))))
     assert process.failure(0, tmp_path / "log") == ""
