@@ -1,6 +1,6 @@
 #!/bin/bash
 # A SLURM cluster on this one machine (Debian 12, root), for `pytest -m slow tests/runs/test_launchers.py`.
-#   local_slurm.sh FOLDER start [NODES] | stop    each node has its slurmd and its share of the cores; 1 node unless given
+#   local_slurm.sh FOLDER start [NODES] | stop    each node has its slurmd and all cores; 1 node unless given
 set -euo pipefail
 folder=$(realpath -m "$1")
 if [ "$2" = stop ]; then
@@ -18,7 +18,6 @@ command -v slurmctld slurmd srun munged > /dev/null ||
 mkdir -p "$folder"/{ctl,d,log} /run/munge
 chown munge /run/munge
 host=$(hostname -s)
-cores=$(($(nproc) / nodes > 0 ? $(nproc) / nodes : 1))
 for ((i = 1; i <= nodes; i++)); do
     grep -q " node$i #" /etc/hosts || echo "127.0.0.1 node$i # local_slurm" >> /etc/hosts
 done
@@ -46,7 +45,7 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 KillWait=15
 $(for ((i = 1; i <= nodes; i++)); do
-    echo "NodeName=node$i NodeHostname=$host NodeAddr=127.0.0.1 Port=$((17000 + i)) Sockets=1 CoresPerSocket=$cores" \
+    echo "NodeName=node$i NodeHostname=$host NodeAddr=127.0.0.1 Port=$((17000 + i)) Sockets=1 CoresPerSocket=$(nproc --all)" \
         "ThreadsPerCore=1 RealMemory=$(($(free -m | awk '/Mem/ {print $2}') / 2 / nodes))"
 done)
 PartitionName=main Nodes=node[1-$nodes] Default=YES MaxTime=INFINITE State=UP
