@@ -8,7 +8,6 @@ even if only a package index can be reached.
 from __future__ import annotations
 
 import errno
-import importlib.util
 import logging
 import os
 import re
@@ -129,11 +128,6 @@ def _normal(name: str) -> str:
 
 
 def _download(package: str, part: Path, folder: Path) -> Path:
-    if importlib.util.find_spec("pip") is None:
-        raise ConnectionError(
-            f"downloading {package} needs pip, which this environment does not have (uv leaves it out): run "
-            f"`uv pip install pip`, or put the .whl file into {folder}"
-        )
     log.info("downloading %s with pip into %s", package, folder)
     # only pip knows the size of the file, so its own progress bar is shown
     shown = sys.__stderr__ if on_terminal() else None
@@ -143,6 +137,11 @@ def _download(package: str, part: Path, folder: Path) -> Path:
     done = subprocess.run(
         command, stdout=shown or subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False
     )
+    if "No module named pip" in (done.stderr or ""):
+        raise ConnectionError(
+            f"downloading {package} needs pip, which this environment does not have (uv leaves it out): run "
+            f"`uv pip install pip`, or put the .whl file into {folder}"
+        )
     wheels = sorted(part.glob("*.whl"))
     if done.returncode != 0 or not wheels:
         lines = [line for line in (done.stderr or done.stdout or "").splitlines() if line.strip()]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+import venv
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -93,8 +94,9 @@ class TestWheels:
         ):
             read()
 
-    def test_an_environment_without_pip_is_told_to_install_it(self, cache, monkeypatch):
-        monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    def test_an_environment_without_pip_is_told_to_install_it(self, cache, tmp_path, monkeypatch):
+        venv.create(tmp_path / "empty", with_pip=False)
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "empty" / "bin" / "python"))
         with pytest.raises(
             ConnectionError, match=r"needs pip, .*`uv pip install pip`, or put the .whl file into"
         ):
