@@ -278,7 +278,16 @@ def train() -> Any:
 
 
 def _check_named(asked: compose.Asked) -> None:
-    """Refuse several ranks without a folder that the user names: each would name its own after the time."""
+    """Refuse several ranks without a folder that the user names, as each would name its own after the time.
+
+    Those of torchrun can meet only once, so they can run no sweep.
+    """
+    if asked.sweep and "TORCHELASTIC_RUN_ID" in os.environ and started_ranks() > 1:
+        sys.stderr.write(
+            "a sweep cannot run under torchrun: leave it out, and each job starts trainer.devices processes itself; on "
+            "several machines, use launcher=submitit_slurm\n"
+        )
+        sys.exit(2)
     if asked.runs and asked.folder is None and (ranks := started_ranks()) > 1:
         key = f"hydra.{'sweep' if asked.sweep else 'run'}.dir"
         sys.stderr.write(

@@ -500,6 +500,16 @@ def test_ranks_that_a_cluster_starts_need_a_folder(monkeypatch, runs, capsys, va
     assert {run_dir.parts[len(Path.cwd().parts)] for _, run_dir in runs} == {"mine"}
 
 
+def test_a_sweep_under_torchrun_is_refused(monkeypatch, runs, capsys):
+    """The processes of a second job waited for the addresses of the first."""
+    for name, value in {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as left:
+        command(monkeypatch, cli.train, "model=tiny_random", "-m", "seed=1,2", "hydra.sweep.dir=mine")
+    assert left.value.code == 2
+    assert "a sweep cannot run under torchrun: leave it out" in capsys.readouterr().err
+
+
 def test_ranks_that_a_cluster_starts_share_the_folder_of_the_first(monkeypatch, runs):
     monkeypatch.setattr(hydra.core.utils, "datetime", Frozen)
     for rank in ("0", "1"):
