@@ -96,7 +96,8 @@ def run(
         lane: the lane of a run that shares its base model with others.
 
     Raises:
-        SetupError: for a configuration that cannot work, before weights are loaded.
+        SetupError: for a configuration that cannot work, before weights are loaded, or if the model does not fit
+            into memory.
     """
     with leaving_no_ranks():
         if config.resume == AUTO:
@@ -131,6 +132,10 @@ def _run(
         trainer, objects = _set_up(config, folder, callbacks, lane)
     except (ValueError, OSError, ImportError, MisconfigurationException) as error:
         raise SetupError(str(error)) from error
+    except Exception as error:
+        if reason := trouble_of(error, loaded=False):
+            raise SetupError(reason) from error
+        raise
     if trainer.is_global_zero and not config.resume:
         write_run_config(folder, config)
     results = _begin(config, folder, experiment, objects, writes=trainer.is_global_zero)

@@ -87,8 +87,12 @@ def _told_to_stop(trainer: Trainer) -> bool:
     return trainer.received_sigterm or noted
 
 
-def trouble_of(error: BaseException) -> str | None:
+def trouble_of(error: BaseException, loaded: bool = True) -> str | None:
     """Describe in one line what stopped a run, if not a bug: memory, disk, non-finite numbers, a dead process.
+
+    Args:
+        error: what stopped it.
+        loaded: whether its model had been loaded.
 
     Returns:
         None for any other error, whose traceback is needed.
@@ -99,7 +103,9 @@ def trouble_of(error: BaseException) -> str | None:
     if isinstance(error, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
         return f"numbers are no longer finite ({said}): lower optimizer.lr"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in said:
-        return f"out of memory ({said}): lower data.batch_size, and raise trainer.accumulate_grad_batches to compensate"
+        smaller = "model.dtype=bfloat16 or quantization=nf4 makes the base model smaller"
+        less = "lower data.batch_size, and raise trainer.accumulate_grad_batches to compensate"
+        return f"out of memory ({said}): {less if loaded else smaller}"
     if any(words in str(error) for words in DISK):
         return f"cannot write to disk ({said}): free some space, then resume"
     if _of_a_dead_worker(error):
