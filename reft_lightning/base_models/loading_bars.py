@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from functools import partialmethod
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from ..terminal.bars import library_bars
 
-_PLAIN = tqdm.__init__
+_before: list[Any] = []
 
 
 def bars_of_transformers(wanted: bool = True) -> AbstractContextManager[None]:
@@ -21,9 +22,10 @@ def bars_of_transformers(wanted: bool = True) -> AbstractContextManager[None]:
 def _hide() -> None:
     transformers_logging.disable_progress_bar()
     # GGUF files are read with a plain bar of tqdm
-    tqdm.__init__ = partialmethod(_PLAIN, disable=True)  # pyright: ignore[reportAttributeAccessIssue]
+    _before.append(tqdm.__init__)  # may be the user's
+    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _show() -> None:
     transformers_logging.enable_progress_bar()
-    tqdm.__init__ = _PLAIN
+    tqdm.__init__ = _before.pop()

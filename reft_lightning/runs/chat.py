@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -174,8 +175,13 @@ def _read(console: Console) -> str | None:
     while True:
         try:
             line = console.input("[bold]> [/bold]" if not lines else "  ")
+            line.encode()  # where Python does not refuse bytes that are not text, it reads them as surrogates
         except (EOFError, KeyboardInterrupt):
             return None
+        except UnicodeError:
+            name = sys.stdin.encoding or "text"
+            console.print(f"This is not valid {name}; $PYTHONIOENCODING sets the encoding of what you type.")
+            return ""
         if not line.endswith("\\"):
             return "\n".join([*lines, line]).strip()
         lines.append(line[:-1])

@@ -90,7 +90,7 @@ def _evaluate(
                 evaluate_split(trainer, objects, split, target, results, base=True)
         evaluate_split(trainer, objects, split, target, results)
     except BaseException as error:
-        ending = signal_of(error)
+        ending = signal_of(error, trainer)
         results.update(status="stopped", error=repr(error), signal=ending and ending.name)
         finish_wandb(loggers, results.values, exit_code=128 + ending if ending else 1)
         raise

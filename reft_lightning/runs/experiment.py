@@ -96,7 +96,8 @@ def run(
         lane: the lane of a run that shares its base model with others.
 
     Raises:
-        SetupError: for a configuration that cannot work, before weights are loaded.
+        SetupError: for a configuration that cannot work, before weights are loaded, or if the model does not fit
+            into memory.
     """
     with leaving_no_ranks():
         if config.resume == AUTO:
@@ -131,6 +132,10 @@ def _run(
         trainer, objects = _set_up(config, folder, callbacks, lane)
     except (ValueError, OSError, ImportError, MisconfigurationException) as error:
         raise SetupError(str(error)) from error
+    except Exception as error:
+        if reason := trouble_of(error, loaded=False):
+            raise SetupError(reason) from error
+        raise
     if trainer.is_global_zero and not config.resume:
         write_run_config(folder, config)
     results = _begin(config, folder, experiment, objects, writes=trainer.is_global_zero)
@@ -159,7 +164,7 @@ def _run(
         log.info("%s: %s", halt.status, halt)
         return results.values
     except BaseException as error:
-        ending = signal_of(error)
+        ending = signal_of(error, trainer)
         _stopped(error, trainer, folder, results)
         # Lightning kills rank 0 if another rank fails
         if ending and trainer.is_global_zero:
@@ -206,7 +211,7 @@ def _set_up(
 
 def _stopped(error: BaseException, trainer: Trainer, folder: Path, results: Results) -> None:
     """Record what stopped a run, and log how to continue it."""
-    ending = signal_of(error)
+    ending = signal_of(error, trainer)
     said = f"{ending.name}: the process was asked to stop" if ending else f"{type(error).__name__}: {error}"
     try:
         values = {"signal": ending.name} if ending else {}
@@ -216,7 +221,7 @@ def _stopped(error: BaseException, trainer: Trainer, folder: Path, results: Resu
     _finish_wandb(trainer, results, None, exit_code=128 + ending if ending else 1)
     if trainer.is_global_zero:
         go_on = shlex.join(["reft-train", f"resume={folder}"])
-        reason = trouble_of(error) or said.splitlines()[0]
+        reason = (None if ending else trouble_of(error)) or said.splitlines()[0]
         log.error("stopped: %s; the results so far are in %s; to continue: %s", reason, folder, go_on)
 
 

@@ -77,14 +77,22 @@ class StopTogether(Callback):
 
 def check_told_to_stop(trainer: Trainer) -> None:
     """Raise :class:`Terminated` if SIGTERM arrived too late for the loop that has just ended."""
-    callbacks = cast(Any, trainer).callbacks
-    noted = any(isinstance(callback, StopTogether) and callback.told for callback in callbacks)
-    if trainer.strategy.reduce_boolean_decision(trainer.received_sigterm or noted, all=False):
+    if trainer.strategy.reduce_boolean_decision(_told_to_stop(trainer), all=False):
         raise Terminated
 
 
-def trouble_of(error: BaseException) -> str | None:
+def _told_to_stop(trainer: Trainer) -> bool:
+    callbacks = cast(Any, trainer).callbacks
+    noted = any(isinstance(callback, StopTogether) and callback.told for callback in callbacks)
+    return trainer.received_sigterm or noted
+
+
+def trouble_of(error: BaseException, loaded: bool = True) -> str | None:
     """Describe in one line what stopped a run, if not a bug: memory, disk, non-finite numbers, a dead process.
+
+    Args:
+        error: what stopped it.
+        loaded: whether its model had been loaded.
 
     Returns:
         None for any other error, whose traceback is needed.
@@ -95,10 +103,12 @@ def trouble_of(error: BaseException) -> str | None:
     if isinstance(error, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
         return f"numbers are no longer finite ({said}): lower optimizer.lr"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in said:
-        return f"out of memory ({said}): lower data.batch_size, and raise trainer.accumulate_grad_batches to compensate"
+        smaller = "model.dtype=bfloat16 or quantization=nf4 makes the base model smaller"
+        less = "lower data.batch_size, and raise trainer.accumulate_grad_batches to compensate"
+        return f"out of memory ({said}): {less if loaded else smaller}"
     if any(words in str(error) for words in DISK):
         return f"cannot write to disk ({said}): free some space, then resume"
-    if "DataLoader worker" in str(error) or _came_through(error, WORKERS_TENSORS):
+    if _of_a_dead_worker(error):
         return f"a data-loading process died ({said}): data.num_workers=0 starts none"
     if type(error).__module__.startswith("wandb."):
         return f"W&B cannot be used ({said}): with WANDB_MODE=offline it logs to this machine"
@@ -107,15 +117,24 @@ def trouble_of(error: BaseException) -> str | None:
     return None
 
 
+def _of_a_dead_worker(error: BaseException) -> bool:
+    return "DataLoader worker" in str(error) or _came_through(error, WORKERS_TENSORS)
+
+
 def _came_through(error: BaseException, module: str) -> bool:
     return any(
         frame.f_globals.get("__name__") == module for frame, _ in traceback.walk_tb(error.__traceback__)
     )
 
 
-def signal_of(error: BaseException) -> signal.Signals | None:
-    """Return the signal that ended a run; None if something else did."""
+def signal_of(error: BaseException, trainer: Trainer) -> signal.Signals | None:
+    """Return the signal that ended a run; None if something else did.
+
+    A cluster sends SIGTERM to all processes of a job. The death of a data-loading process is then often seen first.
+    """
     if isinstance(error, Terminated | SIGTERMException):
+        return signal.SIGTERM
+    if _of_a_dead_worker(error) and _told_to_stop(trainer):
         return signal.SIGTERM
     # Lightning turns Ctrl-C into SystemExit(1)
     interrupted = error.__context__ if isinstance(error, SystemExit) else error

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 SOURCES = ("hub", "local", "wheel")
 _PINNED = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.!+_-]*)$")
+_CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+_OF_RUST = re.compile(r"\(os error (\d+)\)")  # errors of safetensors and tokenizers are not OSErrors
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,17 @@ def writing_to_cache() -> Iterator[None]:
     """In errors of the file system inside the block, say that another cache folder can be chosen."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC):
+    except Exception as error:
+        number, path = getattr(error, "errno", None), getattr(error, "filename", None)
+        if found := _OF_RUST.search(str(error)):
+            number = int(found[1])
+        if number not in _CANNOT_WRITE:
             raise
-        where = error.filename or cache_folder()
-        message = f"{error.strerror}: {where}; set $REFT_CACHE to a folder that you can write to, on a disk with space"
-        raise OSError(error.errno, message) from error
+        message = (
+            f"{os.strerror(number)}: {path or cache_folder()}; set $REFT_CACHE to a folder that you can write to, "
+            f"on a disk with space"
+        )
+        raise OSError(number, message) from error
 
 
 def _check(path: Path, package: str, expected: str) -> None:

@@ -170,12 +170,14 @@ def test_a_copy_runs_on_its_own(method):
 
 
 def test_only_models_with_edits_are_steerable_on_every_version_of_python():
-    """From Python 3.12 on, isinstance of a protocol looks members up as getattr_static does: in classes alone."""
+    """From Python 3.12 on, isinstance of a protocol looks members up as getattr_static does: only in classes."""
     reft, lora = adapted("llama", "loreft"), adapted("llama", "peft/lora")
     assert isinstance(reft, Steerable)
     assert not isinstance(lora, Steerable)
     for name in (n for n in dir(Steerable) if not n.startswith("_")):
         assert inspect.getattr_static(reft, name)
+    with pytest.raises(TypeError, match="runtime_checkable"):  # its answer would depend on the version
+        isinstance(reft, AdaptedModel)
 
 
 @every(EVERY)

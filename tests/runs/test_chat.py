@@ -151,6 +151,15 @@ def test_a_question_that_a_template_refuses_does_not_end_the_chat(folder, monkey
     assert out.count("frozen base") == 1
 
 
+def test_a_line_in_another_encoding_does_not_end_the_chat(say, monkeypatch, folder, capsys):
+    out, asked = say("gr\udcfcn", "two")
+    assert "This is not valid text" in out
+    assert [question for question, *_ in asked] == ["two"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"gr\xfcn\n"), encoding="utf-8"))
+    chat.main(folder)
+    assert "This is not valid utf-8" in capsys.readouterr().out
+
+
 def test_the_chat_ends_at_the_end_of_the_input_and_at_quit(say):
     assert say("one")[1] == [("one", 64, "plain")]
     assert say("two", "/quit", "three", max_new_tokens=3)[1][1:] == [("two", 3, "plain")]

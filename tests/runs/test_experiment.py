@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from lightning import Callback
 from omegaconf import OmegaConf
 
 import reft_lightning as rl
+from reft_lightning import cli
 from reft_lightning.adapters.saving import load_adapter
 from reft_lightning.base_models import loading
 from reft_lightning.base_models.loading import load_base_model
@@ -242,6 +244,23 @@ def test_a_gpu_that_is_not_here_is_refused_before_rows_are_read(data, monkeypatc
     ):
         short_runs.run(data, tmp_path / "run", f"trainer.accelerator={name}")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_does_not_fit_into_memory_is_refused_in_one_line(data, monkeypatch, tmp_path, capsys):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(experiment, "build", too_large)
+    argv = [*short_runs.arguments(data), f"hydra.run.dir={tmp_path / 'run'}"]
+    monkeypatch.setattr(sys, "argv", ["reft-train", *argv])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with short_runs.log_kept(), pytest.raises(SystemExit) as left:
+        cli.train()
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "out of memory (CUDA out of memory. Tried to allocate 2 GiB): model.dtype=bfloat16 or "
+    )
 
 
 def test_the_kind_of_gpu_that_is_here_is_taken(monkeypatch):

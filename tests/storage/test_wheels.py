@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reft_lightning.base_models.loading import byte_tokenizer
@@ -93,6 +94,31 @@ class TestWheels:
             PermissionError, match=rf"Permission denied: {cache}/\w+; set \$REFT_CACHE to a folder"
         ):
             read()
+
+    @pytest.mark.parametrize(
+        ("error", "words"),
+        [
+            (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded"),
+            (
+                SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+                "No space left on device",
+            ),
+            (Exception("No space left on device (os error 28)"), "No space left on device"),  # of tokenizers
+        ],
+        ids=["quota", "safetensors", "tokenizers"],
+    )
+    def test_a_full_disk_or_quota_says_which_setting_chooses_another_cache(self, cache, error, words):
+        message = rf"{words}: {cache}; set \$REFT_CACHE to a folder"
+        with pytest.raises(OSError, match=message), sources.writing_to_cache():
+            raise error
+
+    @pytest.mark.parametrize(
+        "error", [ConnectionError("no index"), SafetensorError("InvalidHeader"), OSError(errno.EIO, "broken")]
+    )
+    def test_other_errors_while_the_cache_is_written_are_left_as_they_are(self, error):
+        with pytest.raises(type(error)) as raised, sources.writing_to_cache():
+            raise error
+        assert raised.value is error
 
     def test_an_environment_without_pip_is_told_to_install_it(self, cache, tmp_path, monkeypatch):
         venv.create(tmp_path / "empty", with_pip=False)

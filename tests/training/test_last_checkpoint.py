@@ -305,6 +305,23 @@ def test_a_signal_ends_a_run_with_its_status_wherever_it_comes(data, tmp_path, m
     assert resume(data, tmp_path, "trainer.max_epochs=1")["status"] == "complete"
 
 
+def test_a_signal_to_all_processes_ends_a_run_with_its_status(data, tmp_path, monkeypatch):
+    """Data-loading processes die of it, too, and torch raises so before Lightning's loop ends after its batch."""
+    from reft_lightning.training.generation import GenerationModule
+
+    def told(self, *_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GenerationModule, "training_step", told)
+        with pytest.raises(SystemExit) as left:
+            short_runs.run(data, tmp_path)
+    assert left.value.code == 143
+    assert short_runs.results(tmp_path)["signal"] == "SIGTERM"
+    assert resume(data, tmp_path)["status"] == "complete"
+
+
 def test_a_signal_between_two_stages_ends_a_run_with_its_status(data, tmp_path, monkeypatch):
     monkeypatch.setattr(ReftModel, "save_pretrained", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as left:
