@@ -32,10 +32,11 @@ class AdapterConfig(Protocol):
     base_model: str | None
 
 
+@runtime_checkable
 class AdaptedModel(Protocol):
     """A base model with an adapter, as a ``torch.nn.Module``: ReFT, a baseline, or both together.
 
-    It is only for types: from Python 3.12 on, ``isinstance`` would not see ``base_model``, which is a submodule.
+    It is for types: from Python 3.12 on, ``isinstance`` does not see ``base_model``, which is a submodule.
     """
 
     @property

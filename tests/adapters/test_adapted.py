@@ -176,8 +176,6 @@ def test_only_models_with_edits_are_steerable_on_every_version_of_python():
     assert not isinstance(lora, Steerable)
     for name in (n for n in dir(Steerable) if not n.startswith("_")):
         assert inspect.getattr_static(reft, name)
-    with pytest.raises(TypeError, match="runtime_checkable"):  # its answer would depend on the version
-        isinstance(reft, AdaptedModel)
 
 
 @every(EVERY)
