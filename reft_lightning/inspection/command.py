@@ -21,7 +21,7 @@ from ..runs.build import Objects, prepare
 from ..runs.evaluate import evaluating_trainer, load_run
 from ..runs.kinds import kind_of
 from ..runs.other_rows import on_other_rows
-from ..runs.run_folder import load_run_config
+from ..runs.run_folder import at_commit, load_run_config
 from ..storage.atomic import write_json
 from ..storage.reading import read_json
 from ..suggest import needs_extra
@@ -131,8 +131,8 @@ def _inspect(folder: Path, rows: int, forget: Sequence[str], text: Path | None, 
     other = prepared = None
     if forget:
         other = _with_rows(on_other_rows(config, forget, forget[0].replace("data=", "forget=")), rows)
-        prepared = prepare(untrained(other))
-    plan = prepare(untrained(config))
+        prepared = prepare(untrained(at_commit(other, folder)))
+    plan = prepare(untrained(at_commit(config, folder)))
     if not plan.data.val_tasks:
         raise ValueError(f"{folder} has no validation rows, which inspection needs")
     reads_on = kind_of(plan.family).generates and plan.source["task"] != "seq2seq_lm"

@@ -142,6 +142,11 @@ def hf_config_of(source: dict[str, Any]) -> PretrainedConfig:
     return load_config(**{name: source[name] for name in (*PLACE, *OF_CONFIG)})
 
 
+def model_commit(source: Mapping[str, Any]) -> str | None:
+    """Return the commit of a hub model whose configuration has been read; None for any other model."""
+    return ModelPlace(**{name: source[name] for name in PLACE}).commit()
+
+
 def attachment(config: Config, family: AnyFamily | None = None) -> dict[str, Any]:
     """Return the arguments of :func:`adapt`.
 

@@ -43,6 +43,7 @@ from .arguments import (
     family_of,
     hf_config_of,
     method_of,
+    model_commit,
     model_source,
     objective_of,
     optimization_of,
@@ -116,6 +117,8 @@ class Objects:
             "head_parameters": sum(p.numel() for p in self.model.parameter_roles()["head"]),
             "commonest_answers": self.module.commonest,
         }
+        if commit := model_commit(self.prepared.source):
+            facts["model_commit"] = commit
         if decoding:  # stop strings belong to the task
             facts["decoding"] = {k: v for k, v in vars(decoding).items() if k != "stop_strings"}
         return facts
@@ -155,6 +158,7 @@ def outline(config: Config) -> Outline:
     attached = attachment(config, family)
     decoding = decoding_of(config, cast(Family, family)) if kind_of(family).generates else None
     hf_config = hf_config_of(source)
+    source["revision"] = model_commit(source) or source["revision"]
     if is_text_to_text(kind_of(family), hf_config):
         family = replace(cast(Family, family), kind="text_to_text")
         source["task"] = kind_of(family).task

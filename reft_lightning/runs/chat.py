@@ -27,7 +27,7 @@ from ..terminal.bars import Bar
 from .arguments import attachment
 from .build import load_to_write
 from .prompting import PromptFormat
-from .run_folder import load_run_config
+from .run_folder import at_commit, load_run_config
 
 log = logging.getLogger(__name__)
 LINES = "Type a prompt; a \\ at the end of a line continues it on the next."
@@ -159,7 +159,7 @@ class Conversation:
 
 def load(folder: Path, template: str | None = None) -> tuple[AdaptedModel, Any, PromptFormat]:
     """Return the adapted model of a run folder, its tokenizer or processor, and the format of its prompts."""
-    config = load_run_config(folder)
+    config = at_commit(load_run_config(folder), folder)
     prompts = PromptFormat.of(config, folder)
     if template is not None:
         prompts = replace(prompts, template=template)

@@ -27,7 +27,7 @@ from .environment import environment
 from .experiment import evaluate_split
 from .other_rows import on_other_rows, place_of_tests, train_questions, whole_file
 from .results import Results
-from .run_folder import hold, load_run_config, write_run_config
+from .run_folder import at_commit, hold, load_run_config, write_run_config
 from .stopping import signal_of
 from .trainer import evaluation_loggers, quiet_lightning
 
@@ -117,7 +117,7 @@ def _with_rows(
         limited = {"limit_test" if split == "test" else "limit_validation": limit}
         config = replace(config, data=replace(config.data, **limited))
     config = replace(config, test=split == "test")
-    plan = prepare(untrained(config), trained_on=trained_on)
+    plan = prepare(untrained(at_commit(config, folder)), trained_on=trained_on)
     if split == "validation" and not plan.data.val_tasks:
         whose, key = (rows[0], "data.validation_path") if rows else (folder, "data.validation_size")
         raise ValueError(f"{whose} has no validation rows ({key}): evaluate it with split=test")
@@ -134,7 +134,7 @@ def load_run(folder: Path, config: Config, plan: Prepared | None = None) -> Obje
     quiet_lightning()
     seed_everything(config.seed, workers=True, verbose=False)
     adapter = load_state(folder / "adapter")  # a missing one is reported before weights are loaded
-    objects = build(untrained(config), plan)
+    objects = build(untrained(at_commit(config, folder)), plan)
     load_saved(objects.model, folder / "adapter", adapter)
     return objects
 

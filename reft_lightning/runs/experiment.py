@@ -39,6 +39,7 @@ from .devices import check_accelerator
 from .environment import begin_peak_memory, environment, peak_memory_bytes, peak_reserved_bytes
 from .results import Results, has_scores, read_results, write_predictions
 from .run_folder import (
+    at_commit,
     begun,
     hold,
     is_complete,
@@ -190,7 +191,8 @@ def _set_up(
     begins = config.intervention
     if config.resume and last_checkpoint(folder).is_file():
         begins = replace(begins, init_from=None)  # training starts from the checkpoint
-    plan = prepare(replace(config, test=config.test and not tested, intervention=begins))
+    started = at_commit(config, folder) if config.resume else config
+    plan = prepare(replace(started, test=config.test and not tested, intervention=begins))
     if config.resume:
         _check_same_rows(folder, plan.data.data_versions)
     trainer = build_trainer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
@@ -50,6 +50,12 @@ def load_run_config(folder: Path) -> Config:
         ) from error
     assert isinstance(config, Config)
     return config
+
+
+def at_commit(config: Config, folder: Path) -> Config:
+    """Return a configuration with the base model at the commit that the run in the folder recorded, if any."""
+    commit = read_results(Path(folder)).get("model_commit")
+    return replace(config, model=replace(config.model, revision=commit)) if commit else config
 
 
 def is_complete(folder: Path) -> bool:

@@ -21,7 +21,7 @@ from ..runs.arguments import hf_config_of, model_source
 from ..runs.build import load_to_write
 from ..runs.kinds import KINDS, Kind
 from ..runs.prompting import PromptFormat
-from ..runs.run_folder import load_run_config
+from ..runs.run_folder import at_commit, load_run_config
 from ..suggest import needs_extra
 from .engine import Engine, change_for_all
 
@@ -62,7 +62,7 @@ def main(
 
         from .app import Served, Server, build_app
     runs = {
-        name: load_run_config(folder)
+        name: at_commit(load_run_config(folder), folder)
         for name, folder in folders.items()
         if (folder / "config.yaml").is_file()
     }

@@ -7,11 +7,13 @@ import sys
 
 from .ranks import is_first_process
 
+PRINTED = ("huggingface_hub", "datasets")  # by handlers of their own
+
 
 class LogHandler(logging.StreamHandler):
     """Write log lines to the current standard output or error, which an open bar replaces to print above itself.
 
-    Of the processes of a run, only the first writes all lines; see :class:`FirstProcess`.
+    :class:`RunLines` says which lines.
 
     Args:
         stream: ``stdout`` or ``stderr``.
@@ -20,17 +22,23 @@ class LogHandler(logging.StreamHandler):
     def __init__(self, stream: str = "stderr") -> None:
         super().__init__()
         self.where = stream
-        self.addFilter(FirstProcess())
+        self.addFilter(RunLines())
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line."""
-        self.setStream(getattr(sys, self.where))
-        super().emit(record)
+        """Write a line, unless its library prints it."""
+        if not str(record.name).startswith(PRINTED):
+            self.setStream(getattr(sys, self.where))
+            super().emit(record)
 
 
-class FirstProcess(logging.Filter):
-    """Keep the lines of the first process of a run, and only the errors of the others, which say the same."""
+class RunLines(logging.Filter):
+    """Keep the lines of the first process of a run, and only the errors of the others, which say the same.
+
+    Each request to the hub is one more line, at the level INFO.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the line is written."""
+        if record.name.startswith("httpx") and record.levelno < logging.WARNING:
+            return False
         return record.levelno >= logging.ERROR or is_first_process()

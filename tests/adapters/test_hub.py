@@ -1,22 +1,18 @@
 """Adapters are read from the hub by name, revision and subfolder; errors name the address that failed."""
 
 import copy
-import hashlib
-import http.server
 import json
-import os
 import re
 import subprocess
 import sys
-import threading
 
 import pytest
 import tiny
+from local_hub import LocalHub
 
 import reft_lightning as rl
 from reft_lightning.adapters.reft.config import CONFIG_FILE, TENSOR_FILE
 
-COMMIT = "a" * 40
 ASK = """
 import json, sys, time
 from reft_lightning.adapters.hub import download
@@ -31,64 +27,41 @@ print(json.dumps(said))
 """
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Behaves as the name of the repository says."""
-
-    folder = None
-    asked = ()
-
-    def do_GET(self):
-        Hub.asked = (*Hub.asked, (self.path, self.headers.get("Authorization")))
-        kind = self.path.split("/")[2] if self.path.startswith("/me/") else ""
-        if kind == "silent":  # closes the connection without a word
-            return
-        file = Hub.folder / self.path.partition("/resolve/")[2].partition("/")[2]
-        if kind == "broken" or not kind:
-            self.send_error(500)
-        elif kind in ("missing", "private"):
-            self.send_error(404 if kind == "missing" else 401)
-        elif kind == "page":
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b"<html>welcome to this network")
-        elif not file.is_file():
-            self.send_error(404)
-        else:
-            content = file.read_bytes()
-            self.send_response(200)
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(content[: len(content) // 2] if kind == "truncated" else content)
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args):
-        pass
+FAULTS = {
+    "silent": "close",
+    "broken": "500",
+    "missing": "404",
+    "private": "401",
+    "page": "page",
+    "truncated": "cut",
+}
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory):
-    """What is said of each repository, all of them asked in one process of its own."""
+def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
-    Hub.folder = folder
-    rl.attach(tiny.model("llama"), "loreft", rank=1, positions="f1").save_pretrained(folder / "best")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    asked = {f"me/{kind}": {} for kind in ("silent", "broken", "missing", "private", "page", "truncated")}
+    rl.attach(tiny.model("llama"), "loreft", rank=1, positions="f1").save_pretrained(
+        folder / "adapter" / "best"
+    )
+    hub = LocalHub(folder / "store")
+    for name in ("me/good", "me/truncated"):
+        hub.publish(name, folder / "adapter", branch="v2" if name == "me/good" else "main")
+    hub.faults = [(f"{'GET ' if fault == 'cut' else ''}/me/{kind}/", fault) for kind, fault in FAULTS.items()]
+    yield hub
+    hub.close()
+
+
+@pytest.fixture(scope="module")
+def answers(hub, tmp_path_factory):
+    """What is said of each repository, all of them asked in one process of its own."""
+    asked = {f"me/{kind}": {} for kind in FAULTS}
     asked["me/truncated"] = {"subfolder": "best"}
     asked["me/good"] = {"subfolder": "best", "revision": "v2", "token": "hf_secret"}
-    place = {"HF_HOME": str(folder / "cache"), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
-    environment = {**os.environ, **place, "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
     command = [sys.executable, "-c", ASK, json.dumps(asked)]
+    environment = hub.environment(tmp_path_factory.mktemp("cache"))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    server.shutdown()
-    server.server_close()
-    return json.loads(done.stdout) | place
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize(
@@ -104,9 +77,9 @@ def answers(tmp_path_factory):
         ),  # versions of huggingface_hub differ
     ],
 )
-def test_a_hub_that_fails_is_one_error_with_what_was_asked(kind, reason, answers):
+def test_a_hub_that_fails_is_one_error_with_what_was_asked(kind, reason, answers, hub):
     said = answers[f"me/{kind}"]
-    asked = f"{answers['HF_ENDPOINT']}/me/{kind}/resolve/main/{CONFIG_FILE}"
+    asked = f"{hub.url}/me/{kind}/resolve/main/{CONFIG_FILE}"
     assert said.startswith(f"error: 'me/{kind}' is not a folder, and {asked} could not be read: ")
     assert re.search(reason, said)
     assert "\n" not in said
@@ -116,12 +89,12 @@ def test_a_truncated_file_is_not_used(answers):
     assert "could not be read: RemoteProtocolError: peer closed connection" in answers["me/truncated"]
 
 
-def test_revision_subfolder_and_token_reach_the_hub(answers):
+def test_revision_subfolder_and_token_reach_the_hub(answers, hub):
     found = answers["me/good"]
     assert found.endswith("best")
     rl.ReftModel.from_pretrained(tiny.model("llama"), found)
-    paths = [path for path, token in Hub.asked if token == "Bearer hf_secret"]
-    assert {f"/me/good/resolve/v2/best/{file}" for file in (CONFIG_FILE, TENSOR_FILE)} <= set(paths)
+    asked = [what for what, token in hub.requests if token == "Bearer hf_secret"]
+    assert {f"HEAD /me/good/resolve/v2/best/{file}" for file in (CONFIG_FILE, TENSOR_FILE)} <= set(asked)
 
 
 def test_offline_only_the_cache_is_read_and_the_error_says_so():

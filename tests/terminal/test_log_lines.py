@@ -1,6 +1,8 @@
 import logging
 import logging.config
 
+import datasets
+import huggingface_hub
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -52,3 +54,15 @@ def test_other_processes_log_only_errors(logged, capfd, name):
     assert "ERROR" in said
     assert "INFO" not in said
     assert "WARNING" not in said
+
+
+def test_requests_to_the_hub_are_not_logged_and_its_warnings_once(logged, capfd):
+    logged()
+    for name in ("httpx", "httpx2"):
+        logging.getLogger(name).info("a request")
+        logging.getLogger(name).warning("a failure")
+    for library in (datasets, huggingface_hub):
+        assert logging.getLogger(library.__name__).handlers  # which print the warning
+        logging.getLogger(f"{library.__name__}.utils").warning("a retry")
+    said = capfd.readouterr().out
+    assert (said.count("a request"), said.count("a failure"), said.count("a retry")) == (0, 2, 0)

@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from ...storage.hub_errors import network_fault, reason_of
 from .config import ReftConfig
 
 IN_PYTHON = "load it, and call from_pretrained(model, name)"
@@ -49,9 +50,10 @@ def naming_base(name: str, instead: str) -> Iterator[None]:
     """Make errors raised while a base model is loaded name it, and end with what to do ``instead``."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:
+        if network_fault(error) is None and not isinstance(error, OSError | ValueError):
+            raise
         raise FileNotFoundError(
             f"the adapter's base model {name!r} is not a folder, and could not be loaded from the hub "
-            f"({reason[:200]}); {instead}"
+            f"({reason_of(error)}); {instead}"
         ) from error
