@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -96,6 +97,23 @@ def test_a_run_is_evaluated_on_the_commit_it_was_trained_on(hub, trained):
     assert short_runs.results(again)["model_commit"] == first
     scores = short_runs.results(again)["metrics"]
     assert scores == {name: short_runs.results(run)["metrics"][name] for name in scores}
+    assert not [asked for asked, _ in hub.requests if "/me/model/resolve/main/" in asked]
+
+
+def test_a_run_is_resumed_on_the_commit_it_began_with(hub, trained):
+    _, first, run = trained
+    stopped = shutil.copytree(run, hub.folder / "stopped")
+    results = short_runs.results(stopped)
+    (stopped / "results.json").write_text(json.dumps(results | {"status": "stopped"}))
+    hub.requests.clear()
+    done = command(hub, "train", f"resume={stopped}")
+    assert done.returncode == 0, done.stderr
+    again = short_runs.results(stopped)
+    assert (again["status"], again["model_commit"], again["metrics"]) == (
+        "complete",
+        first,
+        results["metrics"],
+    )
     assert not [asked for asked, _ in hub.requests if "/me/model/resolve/main/" in asked]
 
 
