@@ -31,6 +31,7 @@ from omegaconf import OmegaConf
 
 from ..config.compose import SWEPT, flags_of, run_dir, swept
 from ..storage.atomic import hold_folder, now, release_folder
+from ..terminal.ranks import srun_tasks
 from .results import RESULTS, Results
 from .sweep import Job
 
@@ -49,6 +50,7 @@ LAUNCHING = (
 )
 LOG = "log.txt"  # output of the process of a launcher's job
 PATIENCE = 30  # seconds that a job has to save its state after it was told to stop
+LOOKING = 2  # seconds between two looks at whether another rank has failed
 
 
 def in_sweep() -> bool:
@@ -97,6 +99,7 @@ def run_in_own_process(folder: Path, job: Job) -> dict[str, Any]:
     if job.requeued or os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
         own.append("resume=auto")
     said = (folder / LOG).open("ab") if job.elsewhere else None
+    failed = _mark_of_failure(folder)
     requeue = signal.getsignal(signal.SIGUSR2)
     command = [sys.executable, "-m", "reft_lightning.cli", *job_arguments(sys.argv[1:]), *own]
     environment = os.environ | {SWEPT: ",".join(swept())}
@@ -104,11 +107,15 @@ def run_in_own_process(folder: Path, job: Job) -> dict[str, Any]:
         subprocess.Popen, command, env=environment, stdout=said, stderr=subprocess.STDOUT if said else None,
         preexec_fn=_as_a_job, cwd=HydraConfig.get().runtime.cwd,  # which a job may have left
     )) as (process, told):  # fmt: skip
-        code = process.wait()
+        another_failed = _wait(process, failed)
+    code = process.returncode
+    if code and failed and not told:
+        failed.touch()
+    ending = "another rank failed" if another_failed else f"exit status {code}"
     results = Results.read(folder) if (folder / RESULTS).is_file() else None
     # it was killed, unless another process is working on it
     if code and results is not None and results.values["status"] == "running" and hold_folder(folder):
-        results.update(status="stopped", error=f"exit status {code}", stopped=now())
+        results.update(status="stopped", error=ending, stopped=now())
         release_folder(folder)
     if code and signal.SIGUSR2 in told and callable(requeue):
         job.requeued = True  # pickled with the job
@@ -118,8 +125,26 @@ def run_in_own_process(folder: Path, job: Job) -> dict[str, Any]:
         raise SystemExit(128 + signal.SIGTERM)
     if code or results is None:
         where = folder / LOG if said else f"above, and in {folder}"
-        raise CompactHydraException(f"the run ended with exit status {code}; for its output, see {where}")
+        how = "because another rank failed" if another_failed else f"with exit status {code}"
+        raise CompactHydraException(f"the run ended {how}; for its output, see {where}")
     return results.values
+
+
+def _mark_of_failure(folder: Path) -> Path | None:
+    """Return the file by which a rank that srun started tells the others that it has failed; None for a single one."""
+    if srun_tasks() == 1:
+        return None
+    attempt = (os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    return folder / f".failed_{'_'.join(attempt)}"
+
+
+def _wait(process: subprocess.Popen[bytes], failed: Path | None) -> bool:
+    """Wait until a process ends, or another rank has failed, for which torch waits half an hour; whether one has."""
+    while failed is None or not failed.exists():
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(None if failed is None else LOOKING)
+            return False
+    return True
 
 
 def _as_a_job() -> None:

@@ -6,10 +6,13 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import short_runs
+from hydra.errors import CompactHydraException
 
 from reft_lightning.runs import own_process
 from reft_lightning.runs.sweep import Job
 
+POPEN = subprocess.Popen
 CHILD = """
 import signal, time
 signal.signal(signal.SIGTERM, lambda *_: open("told", "w").close() or exit())
@@ -41,18 +44,47 @@ def test_a_job_is_told_to_stop_when_its_sweep_is_killed(root, tmp_path):
 
 def test_a_job_starts_where_its_sweep_did_whatever_folder_it_works_in(monkeypatch, tmp_path):
     """Under hydra.job.chdir=true the current folder is the job's, not that of relative paths and modules."""
+    started = run_instead(monkeypatch, tmp_path, "pass")
+    own_process.run_in_own_process(tmp_path, Job(lambda *_: None))
+    assert started["cwd"] == str(tmp_path)
+
+
+def test_a_rank_that_waits_for_one_that_has_failed_ends(monkeypatch, tmp_path):
+    """torch waits for half an hour, and does not hear SIGTERM."""
+    for name, value in (("PATIENCE", 0.5), ("LOOKING", 0.1)):
+        monkeypatch.setattr(own_process, name, value)
+    for name, value in {
+        "SLURM_NTASKS": "2",
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_ID": "0",
+        "SLURM_JOB_NAME": "job",
+    }.items():
+        monkeypatch.setenv(name, value)
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    for code, reason in (("raise SystemExit(1)", "exit status 1"), (deaf, "another rank failed")):
+        run_instead(monkeypatch, tmp_path, code)
+        (tmp_path / "results.json").write_text('{"status": "running"}')
+        with pytest.raises(CompactHydraException, match=rf"the run ended .*{reason}; for its output"):
+            own_process.run_in_own_process(tmp_path, Job(lambda *_: None))
+        assert short_runs.results(tmp_path)["error"] == reason
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # requeued, nothing has failed
+    run_instead(monkeypatch, tmp_path, "import time; time.sleep(0.3)")
+    own_process.run_in_own_process(tmp_path, Job(lambda *_: None))
+
+
+def run_instead(monkeypatch, folder, code):
+    """Let the process of a job run other code; return the arguments it is started with."""
     started = {}
 
     def start(command, **arguments):
         started.update(arguments)
-        return SimpleNamespace(wait=lambda *_: 0, terminate=lambda: None, kill=lambda: None)
+        return POPEN([sys.executable, "-c", code])
 
     hydra = SimpleNamespace(
-        runtime=SimpleNamespace(cwd="/there"), overrides=SimpleNamespace(task=["seed=1"], hydra=[])
+        runtime=SimpleNamespace(cwd=str(folder)), overrides=SimpleNamespace(task=["seed=1"], hydra=[])
     )
     monkeypatch.setattr(own_process.subprocess, "Popen", start)
     monkeypatch.setattr(own_process.HydraConfig, "get", staticmethod(lambda: hydra))
     monkeypatch.setattr(sys, "argv", ["reft-train"])
-    (tmp_path / "results.json").write_text('{"status": "complete"}')
-    own_process.run_in_own_process(tmp_path, Job(lambda *_: None))
-    assert started["cwd"] == "/there"
+    (folder / "results.json").write_text('{"status": "complete"}')
+    return started
