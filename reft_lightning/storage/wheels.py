@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 SOURCES = ("hub", "local", "wheel")
 _PINNED = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.!+_-]*)$")
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-_OF_RUST = re.compile(r"\(os error (\d+)\)")  # errors of safetensors and tokenizers are not OSErrors
+# errors of safetensors and tokenizers, which are not OSErrors, and those that pip reports
+_NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def writing_to_cache() -> Iterator[None]:
         yield
     except Exception as error:
         number, path = getattr(error, "errno", None), getattr(error, "filename", None)
-        if found := _OF_RUST.search(str(error)):
-            number = int(found[1])
+        if found := _NUMBER.search(str(error)):
+            number = int(found[1] or found[2])
         if number not in _CANNOT_WRITE:
             raise
         message = (

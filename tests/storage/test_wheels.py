@@ -43,17 +43,15 @@ def put_wheel(folder, name="toy_rows-1.0-py3-none-any.whl", members=None):
 
 
 class FakePip:
-    """Stands in for `pip download`: copies a prepared wheel, or fails as pip does without a network."""
+    """Stands in for `pip download`: copies a prepared wheel, or fails as pip does."""
 
-    def __init__(self, wheel=None):
-        self.wheel, self.commands = wheel, []
+    def __init__(self, wheel=None, error="No matching distribution found"):
+        self.wheel, self.error, self.commands = wheel, error, []
 
     def __call__(self, command, **_):
         self.commands.append(command)
         if self.wheel is None:
-            return sources.subprocess.CompletedProcess(
-                command, 1, "", "ERROR: No matching distribution found"
-            )
+            return sources.subprocess.CompletedProcess(command, 1, "", f"ERROR: {self.error}")
         target = Path(command[command.index("-d") + 1]) / self.wheel.name
         target.write_bytes(self.wheel.read_bytes())
         return sources.subprocess.CompletedProcess(command, 0, "", "")
@@ -139,6 +137,12 @@ class TestWheels:
         assert {"--no-deps", "--only-binary=:all:"} <= set(command)
         assert command[-1] == "toy-rows==1.0"
         assert [path.name for path in (cache / "wheels").glob("*part*")] == []
+
+    def test_a_disk_that_is_full_for_pip_is_not_a_fault_of_the_network(self, cache, monkeypatch):
+        full = "Could not install packages due to an OSError: [Errno 28] No space left on device"
+        monkeypatch.setattr(sources.subprocess, "run", FakePip(error=full))
+        with pytest.raises(OSError, match=r"No space left on device: .*set \$REFT_CACHE to a folder"):
+            wheel_file("toy-rows==1.0", "0" * 64)
 
     def test_a_file_put_into_the_cache_by_hand_is_used(self, cache, monkeypatch):
         wheel, digest = put_wheel(cache / "wheels")
