@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from .ranks import is_first_process
@@ -29,6 +30,13 @@ class LogHandler(logging.StreamHandler):
         if not str(record.name).startswith(PRINTED):
             self.setStream(getattr(sys, self.where))
             super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Go on without output if whatever read it has ended, as ``| head`` does after a few lines."""
+        if isinstance(sys.exception(), BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        else:
+            super().handleError(record)
 
 
 class RunLines(logging.Filter):

@@ -1,5 +1,7 @@
 import logging
 import logging.config
+import subprocess
+import sys
 
 import datasets
 import huggingface_hub
@@ -54,6 +56,25 @@ def test_other_processes_log_only_errors(logged, capfd, name):
     assert "ERROR" in said
     assert "INFO" not in said
     assert "WARNING" not in said
+
+
+def test_a_reader_that_has_ended_does_not_disturb_a_run(root):
+    code = """
+import logging, time
+from reft_lightning.terminal.log_lines import LogHandler
+logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[LogHandler("stdout")])
+for line in range(4):
+    logging.info(line)
+    time.sleep(0.1)
+print("the results", flush=True)
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as run:
+        assert run.stdout.readline() == "0\n"
+        run.stdout.close()
+        assert (run.stderr.read(), run.wait(30)) == ("", 0)
 
 
 def test_requests_to_the_hub_are_not_logged_and_its_warnings_once(logged, capfd):
