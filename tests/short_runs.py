@@ -9,10 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from lightning import Trainer
 from PIL import Image
 
+from reft_lightning.base_models.loading import byte_tokenizer
 from reft_lightning.config import compose
 from reft_lightning.runs import experiment
 
@@ -66,6 +68,16 @@ def config(data, *overrides):
 def run(data, folder, *overrides):
     """Run it; return the contents of results.json."""
     return experiment.run(config(data, *overrides), Path(folder))
+
+
+def save_model(folder, factor=1.0):
+    """Save a tiny Llama with the byte tokenizer, its weights multiplied by a factor."""
+    model = tiny.model("llama", vocab_size=259)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= factor
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
 
 
 def run_on_colours(rows, folder):

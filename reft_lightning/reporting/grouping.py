@@ -84,8 +84,12 @@ def facts_of(run: Run, split: str) -> tuple[dict[str, str], str]:
         "evaluated rows": "all" if limit is None else f"at most {limit:,} per task",
         "template": str(data.get("template") or "none"),
     }
-    if commit := run.results.get("model_commit") or run.config.get("model.revision"):
-        facts["revision"] = str(commit)
+    for name, value in (
+        ("revision", run.results.get("model_commit") or run.config.get("model.revision")),
+        ("weights", run.results.get("model_fingerprint")),
+    ):
+        if value:
+            facts[name] = str(value)
     return facts, json.dumps([facts, prints, carved, seed], sort_keys=True, default=str)
 
 

@@ -21,6 +21,7 @@ from ..adapters.adapted import AdaptedModel, ParameterCount
 from ..adapters.methods import method_named
 from ..adapters.saving import adapter_of, load_saved
 from ..adapters.starting import first_state
+from ..base_models.fingerprint import fingerprint_of
 from ..base_models.heads import class_order
 from ..base_models.loading import fit_to_tokenizer, load_base_model, load_tokenizer
 from ..base_models.processors import load_processor
@@ -99,6 +100,9 @@ class Objects:
     model: AdaptedModel
     module: FinetuningModule
     name: str  # of the adapted model, as judges see it
+    fingerprint: str | None = (
+        None  # of the base model's weights; None if they are random, quantized or offloaded
+    )
 
     @property
     def data(self) -> BenchmarkData:
@@ -117,8 +121,8 @@ class Objects:
             "head_parameters": sum(p.numel() for p in self.model.parameter_roles()["head"]),
             "commonest_answers": self.module.commonest,
         }
-        if commit := model_commit(self.prepared.source):
-            facts["model_commit"] = commit
+        known = {"model_commit": model_commit(self.prepared.source), "model_fingerprint": self.fingerprint}
+        facts |= {name: value for name, value in known.items() if value}
         if decoding:  # stop strings belong to the task
             facts["decoding"] = {k: v for k, v in vars(decoding).items() if k != "stop_strings"}
         return facts
@@ -254,6 +258,7 @@ def build(config: Config, prepared: Prepared | None = None, lane: Lane | None = 
         return load_base_model(**run.source | {"tokenizer": run.tokenizer, "hf_config": run.hf_config})[0]
 
     base_model = load() if lane is None else lane.base_model(load)
+    fingerprint = None if config.model.source == "random" else fingerprint_of(base_model)
     if config.model.gradient_checkpointing:
         with warnings.catch_warnings():
             # the method's name in all of transformers 5; 5.23 deprecates it for 6
@@ -277,7 +282,7 @@ def build(config: Config, prepared: Prepared | None = None, lane: Lane | None = 
     module = kind_of(run.family).module(config, run, model, training_pass)
     module.train()  # Lightning trains in the mode it finds; the base's dropout is 0 unless base_dropout is set
     name = f"{config.model.name} {method_of(config)} seed {config.seed}"
-    return Objects(run, model, module, name)
+    return Objects(run, model, module, name, fingerprint)
 
 
 def _shortened_pass(config: Config, run: Prepared, model: AdaptedModel) -> ShortenedPass | None:

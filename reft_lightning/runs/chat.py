@@ -18,6 +18,7 @@ from rich.text import Text
 from ..adapters.adapt import adapt
 from ..adapters.adapted import AdaptedModel
 from ..adapters.saving import load_saved, load_state
+from ..base_models.fingerprint import fingerprint_of
 from ..base_models.reading import context_of
 from ..data.generation_data import GenerationData
 from ..data.pictures import MARK, Picture
@@ -27,7 +28,7 @@ from ..terminal.bars import Bar
 from .arguments import attachment
 from .build import load_to_write
 from .prompting import PromptFormat
-from .run_folder import at_commit, load_run_config
+from .run_folder import at_commit, load_run_config, warn_of_other_base
 
 log = logging.getLogger(__name__)
 LINES = "Type a prompt; a \\ at the end of a line continues it on the next."
@@ -165,6 +166,7 @@ def load(folder: Path, template: str | None = None) -> tuple[AdaptedModel, Any, 
         prompts = replace(prompts, template=template)
     adapter = load_state(folder / "adapter")  # a missing one is reported before weights are loaded
     base, reader, kind = load_to_write(config, prompts.kind)
+    warn_of_other_base(folder, fingerprint_of(base))
     model = adapt(base, **attachment(config))
     load_saved(model, folder / "adapter", adapter)
     return model.eval(), reader, replace(prompts, kind=kind)

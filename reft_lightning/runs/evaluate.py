@@ -27,7 +27,7 @@ from .environment import environment
 from .experiment import evaluate_split
 from .other_rows import on_other_rows, place_of_tests, train_questions, whole_file
 from .results import Results
-from .run_folder import at_commit, hold, load_run_config, write_run_config
+from .run_folder import at_commit, hold, load_run_config, warn_of_other_base, write_run_config
 from .stopping import signal_of
 from .trainer import evaluation_loggers, quiet_lightning
 
@@ -135,6 +135,7 @@ def load_run(folder: Path, config: Config, plan: Prepared | None = None) -> Obje
     seed_everything(config.seed, workers=True, verbose=False)
     adapter = load_state(folder / "adapter")  # a missing one is reported before weights are loaded
     objects = build(untrained(at_commit(config, folder)), plan)
+    warn_of_other_base(folder, objects.fingerprint)
     load_saved(objects.model, folder / "adapter", adapter)
     return objects
 

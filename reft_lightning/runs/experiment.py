@@ -46,6 +46,7 @@ from .run_folder import (
     last_checkpoint,
     load_run_config,
     make_room,
+    other_base,
     write_run_config,
 )
 from .stopping import check_told_to_stop, signal_of, trouble_of, until_sigterm
@@ -208,7 +209,10 @@ def _set_up(
         make_room(folder, config.overwrite)
     trainer.accelerator.setup_device(trainer.strategy.root_device)  # the device a quantized base is loaded to
     check_batches(config, plan.data, trainer.world_size)
-    return trainer, build(config, plan, lane)
+    objects = build(config, plan, lane)
+    if config.resume and (changed := other_base(folder, objects.fingerprint)):
+        raise ValueError(f"resume={folder}: {changed}")
+    return trainer, objects
 
 
 def _stopped(error: BaseException, trainer: Trainer, folder: Path, results: Results) -> None:

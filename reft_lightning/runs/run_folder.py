@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import asdict, replace
 from functools import cache
@@ -15,6 +16,8 @@ from ..config.schema import Config
 from ..storage.atomic import hold_folder, release_folder, write_text
 from ..storage.reading import read_yaml
 from .results import RESULTS, read_results
+
+log = logging.getLogger(__name__)
 
 # what a run writes; its folder may also contain files of others
 WRITTEN = (
@@ -56,6 +59,20 @@ def at_commit(config: Config, folder: Path) -> Config:
     """Return a configuration with the base model at the commit that the run in the folder recorded, if any."""
     commit = read_results(Path(folder)).get("model_commit")
     return replace(config, model=replace(config.model, revision=commit)) if commit else config
+
+
+def other_base(folder: Path, fingerprint: str | None) -> str | None:
+    """Return a message if a run recorded other weights of its base model than those with this fingerprint."""
+    recorded = read_results(Path(folder)).get("model_fingerprint")
+    if recorded is None or fingerprint in (None, recorded):
+        return None
+    return f"the base model has changed since the run in {folder} was made: its weights are not those it recorded"
+
+
+def warn_of_other_base(folder: Path, fingerprint: str | None) -> None:
+    """Warn if a run was made with other weights of its base model than those with this fingerprint."""
+    if changed := other_base(folder, fingerprint):
+        log.warning("%s", changed)
 
 
 def is_complete(folder: Path) -> bool:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..adapters.reft.adapter_set import DEFAULT
 from ..adapters.reft.config import CONFIG_FILE
 from ..adapters.reft.model import ReftModel
+from ..base_models.fingerprint import fingerprint_of
 from ..base_models.vision import image_tokens
 from ..config import compose
 from ..config.schema import Config
@@ -21,7 +22,7 @@ from ..runs.arguments import hf_config_of, model_source
 from ..runs.build import load_to_write
 from ..runs.kinds import KINDS, Kind
 from ..runs.prompting import PromptFormat
-from ..runs.run_folder import at_commit, load_run_config
+from ..runs.run_folder import at_commit, load_run_config, warn_of_other_base
 from ..suggest import needs_extra
 from .engine import Engine, change_for_all
 
@@ -81,6 +82,8 @@ def main(
         )
     config = compose.compose([f"model={model}"]) if model else next(iter(runs.values()))
     base, reader, _ = load_to_write(config, _kind(config, formats.values()))
+    for name in runs:
+        warn_of_other_base(folders[name], fingerprint_of(base))
     reft, names = load_adapters(base, adapters)
     for name, inner in names.items():
         trained_on = reft.adapters[inner].config.base_model

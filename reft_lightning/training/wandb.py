@@ -28,8 +28,8 @@ TABLE_ROWS = {"val": 100, "test": 1000}  # predictions per table; validations ar
 COMPARED = ("generated", "answer", "option", "correct")  # columns shown for both the adapter and the base
 # entries of results.json that are copied to the metadata of an adapter's artifact
 LINEAGE = (
-    "method", "model", "model_commit", "seed", "config_hash", "git_commit", "trainable_parameters", "best_step",
-    "data_versions",
+    "method", "model", "model_commit", "model_fingerprint", "seed", "config_hash", "git_commit",
+    "trainable_parameters", "best_step", "data_versions",
 )  # fmt: skip
 WINDOW = 10  # number of logged losses to average
 DIVERGED = 1.5  # alert if the loss exceeds this multiple of the initial loss

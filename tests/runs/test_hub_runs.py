@@ -10,10 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import short_runs
-import tiny
 from local_hub import LocalHub
-
-from reft_lightning.base_models.loading import byte_tokenizer
 
 OVERRIDES = [
     "model.name=me/model", "data=custom", "data.source=hub", "data.path=me/rows", "data.prompt=question",
@@ -38,11 +35,6 @@ print(json.dumps(said))
 """
 
 
-def save_model(folder, seed):
-    tiny.model("llama", vocab_size=259, seed=seed).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-
-
 def save_rows(folder):
     rows = [{"question": f"what is {i}?", "answer": "even" if i % 2 == 0 else "odd"} for i in range(24)]
     (folder / "data").mkdir(parents=True)
@@ -55,8 +47,8 @@ def save_rows(folder):
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
-    for seed in (1, 2):
-        save_model(folder / f"model{seed}", seed)
+    for number in (1, 2):
+        short_runs.save_model(folder / f"model{number}", 1 / number)
     save_rows(folder / "rows")
     hub = LocalHub(folder / "store")
     hub.folder = folder
