@@ -128,9 +128,10 @@ def _as_trained(tokenizer: Any, where: str) -> None:
     """Make a tokenizer that transformers 5 converts from SentencePiece's `tokenizer.model` read texts as its model did.
 
     transformers 4 began texts with LLaMA's BOS unless the checkpoint said otherwise; 5 leaves it out, and splits words
-    differently if the checkpoint does not name the tokenizer's class.
+    differently if the checkpoint does not name the tokenizer's class. A `tokenizer.json` says all of this itself.
     """
-    if Path(str(getattr(tokenizer, "vocab_file", None))).name != "tokenizer.model":
+    file = Path(str(getattr(tokenizer, "vocab_file", None)))
+    if file.name != "tokenizer.model" or file.with_name("tokenizer.json").is_file():
         return
     if type(tokenizer) is PreTrainedTokenizerFast:
         raise ValueError(

@@ -170,6 +170,16 @@ class TestSentencePiece:
         tokenizer = load_tokenizer(source="local", path=str(tmp_path))
         assert (tokenizer("tull").input_ids[0] == tokenizer.bos_token_id) == bos
 
+    @pytest.mark.parametrize("named", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+    def test_a_tokenizer_json_counts(self, named, tmp_path):
+        self.save(tmp_path, "llama", "tokenizer.model", {}, add_bos_token=False)
+        load_tokenizer(source="local", path=str(tmp_path)).save_pretrained(tmp_path)
+        assert (tmp_path / "tokenizer.json").is_file()
+        said = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"tokenizer_class": named}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+        tokenizer = load_tokenizer(source="local", path=str(tmp_path))
+        assert tokenizer.bos_token_id not in tokenizer("tull zorb").input_ids
+
     def test_a_model_of_an_unknown_class_is_refused(self, tmp_path):
         self.save(tmp_path, "llama", "tokenizer.model", {}, tokenizer_class=None)
         with pytest.raises(ValueError, match=r"nothing says of which class: .*LlamaTokenizer"):
