@@ -7,22 +7,23 @@ import hashlib
 import torch
 from transformers import PreTrainedModel
 
+from .heads import POOLER
+
 VALUES = 16  # read from each parameter, at equal distances
 
 
 def fingerprint_of(model: PreTrainedModel) -> str | None:
-    """Return a short digest of the weights of a model, without its head; None if they are quantized or offloaded.
+    """Return a short digest of the weights of a model; None if they are quantized or offloaded.
 
-    It does not depend on the dtype that a checkpoint is loaded in, the device, or the parameters' names. Finetuning
-    changes it.
+    It does not depend on the dtype that a checkpoint is loaded in, the device, or the parameters' names. Head and
+    pooler, which may be new, do not count. Finetuning changes it.
     """
     parts = []
-    for parameter in model.base_model.parameters():
-        if (
-            parameter.is_meta
-            or type(parameter) is not torch.nn.Parameter
-            or not parameter.is_floating_point()
-        ):
+    for name, parameter in model.base_model.named_parameters():
+        if name.startswith(f"{POOLER}."):
+            continue
+        plain = type(parameter) is torch.nn.Parameter and parameter.is_floating_point()
+        if parameter.is_meta or not plain:
             return None
         values = parameter.detach().reshape(-1)
         some = values[:: max(values.numel() // VALUES, 1)].to(torch.bfloat16).cpu()

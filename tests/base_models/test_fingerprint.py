@@ -28,10 +28,11 @@ def test_other_weights_have_another():
     assert fingerprint_of(changed) != fingerprint_of(model)
 
 
-def test_a_head_is_no_part_of_it():
+def test_a_head_and_a_pooler_which_may_be_new_are_no_part_of_it():
     model = tiny.model("bert")
     before = fingerprint_of(model)
-    torch.nn.init.normal_(model.classifier.weight)
+    for part in (model.classifier, model.bert.pooler.dense):
+        torch.nn.init.normal_(part.weight)
     assert fingerprint_of(model) == before
 
 
