@@ -5,7 +5,7 @@ r"""Custom rows: a file, a folder or a hub dataset, and the meaning of its colum
 | setting | meaning |
 |---|---|
 | `path` | a file (`files.py` lists the formats), or a folder with `train.*` and optionally `validation.*` (or `valid.*`, `val.*`, `dev.*`) and `test.*`; with source `hub`, `owner/name`, `owner/name:config` or `owner/name:config:split`, each optionally followed by `@revision` |
-| `validation_path` | a file with the validation rows; with source `hub`, the name of their split. If there are none, they are held out from the train rows |
+| `validation_path` | a file with the validation rows; with source `hub`, the name of their split, or another dataset like `path`. If there are none, they are held out from the train rows |
 | `test_path` | the same for the test rows. If there are none, nothing is tested |
 | `prompt`, `target` | what is read and what is learnt: each a column name, or a text with column names in braces, such as `"{question}\n{choices}"`. `target` without `prompt` is a text, see below |
 | `answer` | the column in braces within `target` that is the gold answer, if the target contains more than that |
@@ -42,6 +42,7 @@ from __future__ import annotations
 import logging
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -242,13 +243,18 @@ def tables_of(
 def _hub_tables(path: str, others: Mapping[str, str | None]) -> dict[str, tuple[HubRows, ...]]:
     if Path(path).expanduser().exists():
         raise ValueError(f"data.source=hub, but {path} is on this machine: set data.source=local")
+    train = _hub_table(path, "train")
+    tables = {"train": (train,)}
+    for split, other in others.items():
+        if other:  # another dataset, or a split of this one
+            tables[split] = (_hub_table(other, split) if "/" in other else replace(train, split=other),)
+    return tables
+
+
+def _hub_table(path: str, split: str) -> HubRows:
     place, _, revision = path.partition("@")
-    name, config, split, *_ = [*place.split(":", 2), "", ""]
-    train = HubRows(name, config or None, split or "train", revision or None)
-    given = {
-        split: HubRows(name, train.config, other, train.revision) for split, other in others.items() if other
-    }
-    return {split: (table,) for split, table in ({"train": train} | given).items()}
+    name, config, own, *_ = [*place.split(":", 2), "", ""]
+    return HubRows(name, config or None, own or split, revision or None)
 
 
 def _reader(delimiter: str | None) -> Callable[[Path], Rows]:

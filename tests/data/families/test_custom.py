@@ -428,6 +428,11 @@ class TestPlaces:
             "validation": "o/n:en:dev@abc",
             "test": "o/n:en:test@abc",
         }
+        assert tables("o/n:en", validation_path="o/other", test_path="p/q:de:dev@v2") == {
+            "train": "o/n:en:train@main",
+            "validation": "o/other:default:validation@main",
+            "test": "p/q:de:dev@v2",
+        }
 
     def test_a_file_is_not_looked_for_on_the_hub(self):
         with pytest.raises(ValueError, match=r"is on this machine: set data\.source=local"):
