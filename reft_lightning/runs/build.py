@@ -100,9 +100,7 @@ class Objects:
     model: AdaptedModel
     module: FinetuningModule
     name: str  # of the adapted model, as judges see it
-    fingerprint: str | None = (
-        None  # of the base model's weights; None if they are random, quantized or offloaded
-    )
+    fingerprint: str | None = None  # of the base model's weights, unless they are random
 
     @property
     def data(self) -> BenchmarkData:
