@@ -175,7 +175,9 @@ def heavy_imports() -> Iterator[None]:
 @contextmanager
 def _at_a_terminal() -> Iterator[None]:
     """Print characters that the terminal's encoding lacks as question marks, and exit with status 130 on Ctrl-C."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if (
+        isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict"
+    ):  # $PYTHONIOENCODING may say otherwise
         sys.stdout.reconfigure(errors="replace")
     try:
         yield

@@ -779,16 +779,19 @@ def test_a_command_logs_in_the_first_process_only(monkeypatch, capsys, rank):
     assert "stopped" in said
 
 
-def test_characters_that_the_terminal_lacks_are_question_marks(monkeypatch):
+@pytest.mark.parametrize(("errors", "shown"), [("strict", "?"), ("backslashreplace", "\\ufffd")])
+def test_characters_that_the_terminal_lacks_are_question_marks_or_as_the_user_says(
+    errors, shown, monkeypatch
+):
     @cli._command("usage: shows")
     def shows(argv):
         sys.stdout.write("Größe \ufffd\n")
 
-    output = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    output = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", errors=errors)
     monkeypatch.setattr(sys, "stdout", output)
     command(monkeypatch, shows, "resume=mine")
     output.flush()
-    assert output.buffer.getvalue() == "Größe ?\n".encode("latin-1")
+    assert output.buffer.getvalue() == f"Größe {shown}\n".encode("latin-1")
 
 
 @pytest.mark.parametrize("run", [cli.evaluate, cli.chat])
