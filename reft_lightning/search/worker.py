@@ -154,8 +154,11 @@ class Worker:
         for trial in self.study.trials(method):  # a journal has no heartbeat; a running trial holds a lock
             alive = self._lock(method, trial.number)
             if trial.state.name == "RUNNING" and alive.acquire(wait=False):
-                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-                run_again(study, trial)
+                if (
+                    self.study.trials(method)[trial.number].state.name == "RUNNING"
+                ):  # it may have ended meanwhile
+                    study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+                    run_again(study, trial)
                 alive.release()
 
     def _lock(self, method: str, run: int | str) -> Lock:

@@ -22,6 +22,7 @@ from reft_lightning.search.command import begin_study
 from reft_lightning.search.study import Study
 from reft_lightning.search.study_files import PLAN, read_job
 from reft_lightning.search.summary import summarize
+from reft_lightning.search.worker import Worker
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +168,21 @@ def test_a_trial_of_a_database_whose_heartbeat_stopped_runs_again(tmp_path, monk
     assert summarize(study)["methods"]["loreft"]["trials"]["running"] == 0
     assert [len(counted(study.trials(method))) for method in study.plan.methods] == [2, 2]
     assert [len(study.trials(method)) for method in study.plan.methods] == [3, 2]
+
+
+def test_a_trial_that_ends_while_another_worker_looks_for_lost_ones_is_not_lost(tmp_path, monkeypatch):
+    study = make_study(tmp_path)
+    study.start()
+    trial, worker = study.studies["loreft"].ask(), Worker(study)
+    lock = worker._lock
+
+    def ends_first(method, number):
+        study.studies["loreft"].tell(trial, 0.5)
+        return lock(method, number)
+
+    monkeypatch.setattr(worker, "_lock", ends_first)
+    worker._retry_lost("loreft")
+    assert [(t.state.name, t.value) for t in study.trials("loreft")] == [("COMPLETE", 0.5)]
 
 
 def test_workers_share_a_study_without_doing_anything_twice(tmp_path):
