@@ -3,8 +3,8 @@
 Lightning and the loader's state are enough to continue a run exactly if it stops between two batches. Three things need
 more. Random numbers: each training batch starts from the random state left by the previous one, so that evaluating the
 base first, or validating more often, does not change training. A stop within a batch (an exception): the batch's
-progress is rolled back, so that it is read again. A stop within a validation: the validation starts again, because the
-scores accumulated so far are lost.
+progress is rolled back, so that it is read again. A stop within a validation, or just before it: the validation starts
+again, because the scores accumulated so far are lost.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class LastCheckpoint(Checkpoint):
         self._gradients: dict[str, Tensor] = {}
         self._step = 0  # number of optimizer steps after the last complete batch
         self._resumed = self._validating = self._due = self._stopped = False
+        self._validated = True  # unless a validation has to follow the last complete batch
 
     # --- when -----------------------------------------------------------------------------------------------
 
@@ -58,11 +59,12 @@ class LastCheckpoint(Checkpoint):
         self._loaders = [loader.state_dict()]
         named = {} if stepped else dict(pl_module.named_parameters())
         self._gradients = {n: p.grad.detach().clone() for n, p in named.items() if p.grad is not None}
+        self._validated = False
         self._due = bool(stepped and self.every_n_steps and trainer.global_step % self.every_n_steps == 0)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save before a validation, which may take a long time."""
-        self._validating = True
+        self._validating = self._validated = True
         self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -82,7 +84,15 @@ class LastCheckpoint(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save when the run is interrupted."""
         if trainer.world_size == 1 or isinstance(exception, SIGTERMException):
+            self._validating = self._validating or self._validation_is_next(trainer)
             self._save(trainer)
+
+    def _validation_is_next(self, trainer: Trainer) -> bool:
+        """Whether the last batch is complete and a validation follows it, which has not begun."""
+        loop: Any = trainer.fit_loop.epoch_loop
+        batches = loop.batch_progress.current
+        complete = not self._validated and batches.ready == batches.processed
+        return complete and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
 
     def _save(self, trainer: Trainer) -> None:
         self._due = False
@@ -165,6 +175,8 @@ class LastCheckpoint(Checkpoint):
                 for count in loops["epoch_progress"].values():
                     count.update(dict.fromkeys(("ready", "started"), count["completed"]))
         if self._validating:
+            for count in (progress["total"], progress["current"]):
+                count["completed"] = count["processed"]
             validation = loops["epoch_loop.val_loop.batch_progress"]
             validation["is_last_batch"] = False
             for count in (validation["total"], validation["current"]):

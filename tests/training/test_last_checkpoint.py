@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import short_runs
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from reft_lightning import ReftModel, cli
 from reft_lightning.runs import experiment
@@ -96,6 +97,30 @@ def test_after_an_exception_in_a_validation_it_starts_again(data, whole, tmp_pat
     interrupt(data, tmp_path, 3, *SETTINGS, where="validation_step")
     resume(data, tmp_path, *SETTINGS)
     assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize(
+    ("interval", "step"), [(4, 3), (4, 9), (6, 5), (6, 11)]
+)  # within an epoch, and at its end
+def test_after_an_exception_between_a_batch_and_its_validation_it_is_validated(
+    data, tmp_path, monkeypatch, interval, step
+):
+    settings = (*SETTINGS, f"trainer.val_check_interval={interval}")
+    original = CSVLogger.log_metrics
+
+    def stops(self, metrics, step):  # the batch's metrics are logged before the validation
+        if "train/loss" in metrics and step == last:
+            raise KeyboardInterrupt
+        original(self, metrics, step)
+
+    last = step
+    with monkeypatch.context() as patch:
+        patch.setattr(CSVLogger, "log_metrics", stops)
+        with pytest.raises(SystemExit):
+            short_runs.run(data, tmp_path / "run", *settings)
+    resume(data, tmp_path / "run", *settings)
+    short_runs.run(data, tmp_path / "whole", *settings)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_run_that_was_stopped_while_it_wrote_its_best_checkpoint_has_it_at_the_end(
