@@ -275,6 +275,12 @@ def test_flags_may_stand_among_the_overrides(monkeypatch, runs, capsys):
     assert capsys.readouterr().out.strip() == "3"
 
 
+def test_hydras_rerun_is_refused_because_it_would_write_into_the_folder_of_a_run(refuse):
+    assert "to repeat a run, use the command in its results.json" in refuse(
+        "--experimental-rerun", "x.pickle"
+    )
+
+
 @pytest.mark.parametrize("sweep", [[], ["-m", "seed=1"]])
 def test_a_job_that_changes_its_folder_reads_files_from_where_it_was_started(monkeypatch, runs, sweep):
     Path("rows.csv").write_text("q,a\n1,2\n")

@@ -78,7 +78,7 @@ NAME_LENGTH = 150  # bytes in the name of a job's folder
 JOINT = ("experiment", "model", "intervention", "data")  # a value of one may not fit a value of another
 SWEEPER = "hydra.sweeper.params."  # prefix of a key that a plugin sweeps
 # Flags that print something and run nothing.
-PASSIVE_FLAGS = ("hydra_help", "shell_completion", "info", "experimental_rerun")
+PASSIVE_FLAGS = ("hydra_help", "shell_completion", "info")
 
 SWEPT = "REFT_SWEPT"  # environment variable that tells a job's process which keys its sweep changes
 _swept: set[str] = set()  # keys of the sweep that this process runs
@@ -262,6 +262,11 @@ def _asked(arguments: argparse.Namespace) -> Asked:
         )
     if arguments.multirun and (arguments.cfg or arguments.info):
         raise CompositionError("--cfg and --info print a single configuration: leave out --multirun")
+    if arguments.experimental_rerun:  # would write into the folder of the run it repeats, which is refused
+        raise CompositionError(
+            "--experimental-rerun is not supported: to repeat a run, use the command in its results.json; to continue "
+            "one that was stopped: reft-train resume=FOLDER"
+        )
     if any(getattr(arguments, flag) for flag in PASSIVE_FLAGS):
         return Asked()
     if arguments.help:  # Hydra's own help needs a configuration that composes
