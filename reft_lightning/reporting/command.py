@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from ..runs.wandb_key import check_home
 from ..storage.atomic import write_text, write_whole
 from ..suggest import needs_extra
 from ..terminal.bars import Bar
@@ -58,6 +59,8 @@ def main(
         import scipy  # noqa: F401
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a folder; {out} is a file")
+    if wandb:
+        check_home()
     report = build_report(folders, split, resamples, seed)
     html = write(report, out)
     console = console or plain_console(140)

@@ -1,6 +1,18 @@
-"""Whether a W&B key is available on this machine; importing this file is cheap."""
+"""Whether W&B can be used on this machine, and has a key; importing this file is cheap."""
 
 from __future__ import annotations
+
+from pathlib import Path
+
+
+def check_home() -> None:
+    """Refuse a user without a home folder, as in some containers: W&B looks there for its settings."""
+    try:
+        Path.home()
+    except RuntimeError as error:
+        raise ValueError(
+            "you have no home folder, which W&B needs: set HOME to a folder that you can write to"
+        ) from error
 
 
 def has_key() -> bool:
@@ -9,8 +21,9 @@ def has_key() -> bool:
     If a W&B run is open in this process, as in a notebook, its mode decides, as W&B does not look again.
 
     Raises:
-        ValueError: for a malformed key.
+        ValueError: for a malformed key, or a user without a home folder.
     """
+    check_home()
     import wandb
     from wandb.errors import AuthenticationError
 

@@ -22,7 +22,7 @@ from ..config.identity import config_hash, identity, nested, used_settings
 from ..config.schema import Config
 from ..suggest import check_choice, did_you_mean
 from .arguments import method_of
-from .wandb_key import has_key
+from .wandb_key import check_home, has_key
 
 log = logging.getLogger(__name__)
 MODES = ("online", "offline", "disabled")
@@ -135,6 +135,7 @@ def check_wandb(where: str, cls: type, entry: Mapping[str, Any]) -> None:
     """Refuse arguments that W&B would reject only after the run has started."""
     import wandb
 
+    check_home()
     taken = {"log_adapter"}.union(*(inspect.signature(what).parameters for what in (cls, wandb.init)))
     for name in entry:
         if name not in taken and not name.startswith("_"):

@@ -1,5 +1,7 @@
 """How a run is organised in W&B: its name says how it differs from the others of its group."""
 
+import os
+
 import pytest
 
 from reft_lightning.config import compose
@@ -85,4 +87,12 @@ def test_one_tag_is_a_tag_and_not_its_letters(tmp_path):
 def test_an_entry_that_is_null_says_what_it_needs(tmp_path):
     config = filed(composed("logger.wandb=null"), name="mine")
     with pytest.raises(ValueError, match=r"logger\.wandb needs a _target_"):
+        build_loggers(config, tmp_path)
+
+
+def test_a_user_without_a_home_folder_is_told_that_wandb_needs_one(monkeypatch, tmp_path):
+    config = composed()
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)  # has no entry in the list of users
+    with pytest.raises(ValueError, match="no home folder, which W&B needs: set HOME to a folder"):
         build_loggers(config, tmp_path)
